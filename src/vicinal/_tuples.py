@@ -1,0 +1,40 @@
+"""The two helpers that every floor shares."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vicinal.errors import InvalidProblem
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Smallest integer not below the quotient."""
+    return -(-numerator // denominator)
+
+
+def canonical(value: Any, rank: int, name: str, kind: type = int) -> tuple[Any, ...]:
+    """One value per axis: `7 -> (7, 7)`, `(7, 9) -> (7, 9)`; anything else is an error naming `name`.
+
+    Example:
+        >>> canonical(7, 2, "kernel_size")
+        (7, 7)
+    """
+    if _is(value, kind):
+        return (kind(value),) * rank
+    if not isinstance(value, Sequence) or not all(_is(item, kind) for item in value):
+        raise InvalidProblem(f"{name} must be {_KINDS[kind]} or a tuple of them, one per spatial axis, got {value!r}")
+    if len(value) != rank:
+        raise InvalidProblem(
+            f"{name} needs {rank} values, one per spatial axis, got {len(value)}: {tuple(value)!r}; "
+            f"pass {rank} values, or a single one for all axes"
+        )
+    return tuple(kind(item) for item in value)
+
+
+_KINDS = {int: "an integer", bool: "a bool"}
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    # Accept whatever counts as an index (numpy and symbolic integers), but never a bool in disguise.
+    return hasattr(value, "__index__") and not isinstance(value, bool)

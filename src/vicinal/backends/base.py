@@ -1,0 +1,70 @@
+"""What a backend is: a value that can say why it will not run, and otherwise runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from vicinal.hardware import Hardware
+from vicinal.plan import Plan
+from vicinal.problem import Problem
+from vicinal.tiling import Tiling
+
+
+class Inputs(NamedTuple):
+    """The tensors of a problem, heads last. The last three are `None` where there are no additional keys."""
+
+    query: Tensor  # [B, *S, H, D]
+    key: Tensor  # [B, *S, Hkv, D]
+    value: Tensor  # [B, *S, Hkv, Dv]
+    additional_keys: Tensor | None = None  # [B, M, Hkv, D]
+    additional_values: Tensor | None = None  # [B, M, Hkv, Dv]
+    additional_lengths: Tensor | None = None  # [B], integers; how many of the M count
+
+
+class Output(NamedTuple):
+    """What attention gives: `out [B, *S, H, Dv]` in the dtype of the inputs, and the natural log-sum-exp
+    of the scaled scores, `lse [B, *S, H]` in float32 (float64 for float64)."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Gradients(NamedTuple):
+    """One per tensor of `Inputs` that has a gradient, contiguous, in its dtype."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+
+
+class Backend(Protocol):
+    """An implementation. Backends never import each other and never fall back on each other.
+
+    `why_not` is pure and gathers *all* reasons; an empty tuple means that `forward` and `backward`
+    will run. Outputs are contiguous. Both must compute strided inputs right.
+    """
+
+    name: str
+
+    def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        """Every reason, as a sentence part, why this backend will not run the problem there."""
+        ...
+
+    def tilings(self, problem: Problem, hardware: Hardware) -> Iterable[Tiling]:
+        """Tilings worth trying, the default first."""
+        ...
+
+    def forward(self, plan: Plan, inputs: Inputs) -> Output:
+        """Attention under `plan`."""
+        ...
+
+    def backward(
+        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
+        """Gradients of a scalar whose gradients by `out` and `lse` are given."""
+        ...

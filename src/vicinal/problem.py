@@ -1,0 +1,368 @@
+"""What is asked: a grid, a window on each of its axes, and the shapes that ride on them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from vicinal._tuples import canonical, ceil_div
+from vicinal.errors import InvalidProblem
+from vicinal.window import window
+
+FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+"""Supported element types, with their size in bytes."""
+
+WHOLE = -1
+"""As a kernel size: the whole axis, however long it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the grid and the window on it.
+
+    Example:
+        >>> Axis(length=8, kernel_size=3).window(0)
+        range(0, 3)
+    """
+
+    length: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise InvalidProblem(f"a spatial axis must hold at least one token, got length {self.length}")
+        if self.kernel_size < 1:
+            raise InvalidProblem(
+                f"kernel_size must be at least 1, or {WHOLE} for the whole axis, got {self.kernel_size}"
+            )
+        if self.dilation < 1:
+            raise InvalidProblem(f"dilation must be at least 1, got {self.dilation}")
+        if not 1 <= self.stride <= self.kernel_size:
+            raise InvalidProblem(
+                f"stride must lie in [1, kernel_size] = [1, {self.kernel_size}], got {self.stride}; "
+                f"queries that share a window must fit into it"
+            )
+        if self.kernel_size * self.dilation > self.length:
+            raise InvalidProblem(
+                f"the window does not fit: kernel_size * dilation = {self.kernel_size} * {self.dilation} "
+                f"= {self.kernel_size * self.dilation} > axis length {self.length}; "
+                f"use a smaller kernel_size or dilation, or {WHOLE} for the whole axis"
+            )
+
+    def window(self, query: int) -> range:
+        """Keys that `query` attends to along this axis."""
+        return window(
+            query,
+            self.length,
+            self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            is_causal=self.is_causal,
+        )
+
+    def subaxes(self) -> tuple[Axis, ...]:
+        """The `dilation` independent, undilated axes that this one interleaves."""
+        lengths = (ceil_div(self.length - group, self.dilation) for group in range(self.dilation))
+        return tuple(Axis(length, self.kernel_size, self.stride, 1, self.is_causal) for length in lengths)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every query sees every key."""
+        return self.kernel_size == self.length and not self.is_causal
+
+    @property
+    def pairs(self) -> int:
+        """Number of (query, key) pairs inside windows."""
+        if not self.is_causal:
+            return self.length * self.kernel_size
+        return sum(len(self.window(query)) for query in range(self.length))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A neighborhood attention problem: all that can change the numbers, and nothing else.
+
+        out[i] = sum_j softmax_j(scale * query[i] . key[j]) value[j],   j in the window of i
+
+    where the window of `i` is the product of one window per axis, joined with all (valid)
+    additional keys. Make one with `Problem.of(tensors)` or `Problem.grid(shape)`.
+
+    Args:
+        axes: the grid, slowest axis first.
+        batch, heads, heads_kv: counts; query head `h` reads key head `h // (heads // heads_kv)`.
+        head_dim, head_dim_v: elements per head of query and key, and of value.
+        dtype: one of float16, bfloat16, float32, float64.
+        scale: multiplies the scores.
+        additional: number of additional keys that every query sees.
+    """
+
+    axes: tuple[Axis, ...]
+    batch: int = 1
+    heads: int = 1
+    heads_kv: int = 1
+    head_dim: int = 64
+    head_dim_v: int = 64
+    dtype: str = "bfloat16"
+    scale: float = 0.125
+    additional: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= 3:
+            raise InvalidProblem(f"a grid has 1, 2 or 3 spatial axes, got {self.rank}")
+        if self.batch < 0:
+            raise InvalidProblem(f"batch must not be negative, got {self.batch}")
+        for name in ("heads", "heads_kv", "head_dim", "head_dim_v"):
+            if getattr(self, name) < 1:
+                raise InvalidProblem(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % self.heads_kv:
+            raise InvalidProblem(
+                f"query heads must be a multiple of key/value heads, got {self.heads} and {self.heads_kv}"
+            )
+        if self.dtype not in FLOATS:
+            raise InvalidProblem(f"dtype must be one of {', '.join(FLOATS)}, got {self.dtype}")
+        if not math.isfinite(self.scale):
+            raise InvalidProblem(f"scale must be a finite number, got {self.scale}")
+        if self.additional < 0:
+            raise InvalidProblem(f"additional must not be negative, got {self.additional}")
+
+    @classmethod
+    def grid(cls, shape: tuple[int, ...], kernel_size: Any, **fields: Any) -> Problem:
+        """A problem without tensors, for planning and predicting.
+
+        Args:
+            shape: tokens per axis, slowest first.
+            kernel_size, stride, dilation, is_causal: one value, or one per axis.
+            fields: the other fields of `Problem`. `scale` defaults to `head_dim ** -0.5`,
+                `heads_kv` to `heads`, `head_dim_v` to `head_dim`.
+
+        Raises:
+            InvalidProblem: if the window does not fit the grid, or a value is out of range.
+
+        Example:
+            >>> Problem.grid((48, 40), kernel_size=24, stride=(8, 1)).pairs
+            1105920
+        """
+        axes = make_axes(
+            tuple(shape),
+            kernel_size,
+            fields.pop("stride", 1),
+            fields.pop("dilation", 1),
+            fields.pop("is_causal", False),
+        )
+        fields.setdefault("heads_kv", fields.get("heads", 1))
+        fields.setdefault("head_dim_v", fields.get("head_dim", 64))
+        if fields.get("scale") is None:
+            fields["scale"] = fields.get("head_dim", 64) ** -0.5
+        return cls(axes, **fields)
+
+    @classmethod
+    def of(
+        cls,
+        query: Any,
+        key: Any,
+        value: Any,
+        kernel_size: Any,
+        *,
+        stride: Any = 1,
+        dilation: Any = 1,
+        is_causal: Any = False,
+        scale: float | None = None,
+        additional_keys: Any = None,
+        additional_values: Any = None,
+        additional_lengths: Any = None,
+    ) -> Problem:
+        """The problem that these tensors pose. Reads shapes, dtypes and devices, never values.
+
+        Args:
+            query: `[B, *S, H, D]`.
+            key: `[B, *S, Hkv, D]`.
+            value: `[B, *S, Hkv, Dv]`.
+            kernel_size, stride, dilation, is_causal: one value, or one per axis; `-1` as a kernel
+                size means the whole axis.
+            scale: multiplies the scores; `None` means `D ** -0.5`.
+            additional_keys, additional_values: `[B, M, Hkv, D]` and `[B, M, Hkv, Dv]`, or `None`.
+            additional_lengths: integers `[B]`; how many of the `M` are valid in each batch row.
+
+        Raises:
+            InvalidProblem: naming the argument, what was expected and what came.
+        """
+        named = {"query": query, "key": key, "value": value}
+        if (additional_keys is None) != (additional_values is None):
+            given, missing = ("keys", "values") if additional_values is None else ("values", "keys")
+            raise InvalidProblem(f"additional_{given} came without additional_{missing}; pass both or neither")
+        if additional_keys is not None:
+            named |= {"additional_keys": additional_keys, "additional_values": additional_values}
+        elif additional_lengths is not None:
+            raise InvalidProblem("additional_lengths came without additional_keys and additional_values")
+        for name, tensor in named.items():
+            _check_tensor(name, tensor, query)
+        _check_shapes(query, key, value)
+        if additional_keys is not None:
+            _check_additional(query, key, value, additional_keys, additional_values, additional_lengths)
+        batch, *shape, heads, head_dim = query.shape
+        return cls(
+            make_axes(tuple(shape), kernel_size, stride, dilation, is_causal),
+            batch=batch,
+            heads=heads,
+            heads_kv=key.shape[-2],
+            head_dim=head_dim,
+            head_dim_v=value.shape[-1],
+            dtype=_dtype(query),
+            scale=head_dim**-0.5 if scale is None else _number("scale", scale),
+            additional=0 if additional_keys is None else additional_keys.shape[1],
+        )
+
+    @property
+    def rank(self) -> int:
+        return len(self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Tokens per axis."""
+        return tuple(axis.length for axis in self.axes)
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return tuple(axis.kernel_size for axis in self.axes)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return tuple(axis.stride for axis in self.axes)
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return tuple(axis.dilation for axis in self.axes)
+
+    @property
+    def is_causal(self) -> tuple[bool, ...]:
+        return tuple(axis.is_causal for axis in self.axes)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return FLOATS[self.dtype]
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs inside windows, per batch row and head, additional keys not counted."""
+        return math.prod(axis.pairs for axis in self.axes)
+
+    def __str__(self) -> str:
+        parts = [f"{_times(self.shape)} grid, window {_times(self.kernel_size)}"]
+        if set(self.stride) != {1}:
+            parts.append(f"stride {_times(self.stride)}")
+        if set(self.dilation) != {1}:
+            parts.append(f"dilation {_times(self.dilation)}")
+        if any(self.is_causal):
+            parts.append("causal on axis " + " and ".join(str(i) for i, c in enumerate(self.is_causal) if c))
+        if self.additional:
+            parts.append(f"{self.additional} additional keys")
+        return ", ".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def _axes(
+    shape: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+) -> tuple[Axis, ...]:
+    axes = []
+    for i, (length, size, *rest) in enumerate(zip(shape, kernel_size, stride, dilation, is_causal, strict=True)):
+        try:
+            step = rest[1]
+            axes.append(Axis(length, max(length // max(step, 1), 1) if size == WHOLE else size, *rest))
+        except InvalidProblem as error:
+            raise InvalidProblem(f"axis {i} of {_times(shape)}: {error}") from None
+    return tuple(axes)
+
+
+def make_axes(shape: tuple[int, ...], kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple[Axis, ...]:
+    """Canonical axes from one value per argument, or one per axis. `-1` becomes the longest window that fits."""
+    rank = len(shape)
+    return _axes(
+        canonical(shape, rank, "shape"),
+        canonical(kernel_size, rank, "kernel_size"),
+        canonical(stride, rank, "stride"),
+        canonical(dilation, rank, "dilation"),
+        canonical(is_causal, rank, "is_causal", bool),
+    )
+
+
+def _check_tensor(name: str, tensor: Any, query: Any) -> None:
+    if not (hasattr(tensor, "shape") and hasattr(tensor, "dtype")):
+        raise InvalidProblem(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if getattr(tensor, "is_nested", False):
+        raise InvalidProblem(f"{name} is a nested tensor; pass a dense one, padded or one grid at a time")
+    if "sparse" in str(getattr(tensor, "layout", "")):
+        raise InvalidProblem(f"{name} is a sparse tensor; pass a dense one, for example {name}.to_dense()")
+    if _dtype(tensor) not in FLOATS:
+        raise InvalidProblem(f"{name} must have one of the dtypes {', '.join(FLOATS)}, got {_dtype(tensor)}")
+    for what, here, there in (
+        ("dtype", _dtype(tensor), _dtype(query)),
+        ("device", getattr(tensor, "device", None), getattr(query, "device", None)),
+    ):
+        if here != there:
+            raise InvalidProblem(f"{name} and query must share one {what}, got {here} and {there}")
+
+
+def _check_shapes(query: Any, key: Any, value: Any) -> None:
+    if not 4 <= len(query.shape) <= 6:
+        raise InvalidProblem(
+            f"query must be [B, *S, H, D] with 1 to 3 spatial axes, so of rank 4 to 6, got shape {tuple(query.shape)}"
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        if tuple(tensor.shape[:-2]) != tuple(query.shape[:-2]):
+            raise InvalidProblem(
+                f"{name} must have query's batch and grid {tuple(query.shape[:-2])}, got shape {tuple(tensor.shape)}"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise InvalidProblem(
+            f"key must have query's head_dim {query.shape[-1]} as its last axis, got shape {tuple(key.shape)}"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise InvalidProblem(f"key and value must have the same heads, got {key.shape[-2]} and {value.shape[-2]}")
+
+
+def _check_additional(query: Any, key: Any, value: Any, keys: Any, values: Any, lengths: Any) -> None:
+    for name, tensor, like in (("additional_keys", keys, key), ("additional_values", values, value)):
+        wanted = (query.shape[0], keys.shape[1] if len(keys.shape) > 1 else "M", *like.shape[-2:])
+        if tuple(tensor.shape) != wanted:
+            raise InvalidProblem(
+                f"{name} must be [B, M, Hkv, D] = [{', '.join(str(n) for n in wanted)}], got {tuple(tensor.shape)}"
+            )
+    if lengths is None:
+        return
+    if not (hasattr(lengths, "dtype") and _dtype(lengths).removeprefix("u") in ("int8", "int16", "int32", "int64")):
+        raise InvalidProblem(f"additional_lengths must be a tensor of integers, got {getattr(lengths, 'dtype', lengths)!r}")
+    if tuple(lengths.shape) != (query.shape[0],):
+        raise InvalidProblem(
+            f"additional_lengths must hold one length per batch row, shape ({query.shape[0]},), got {tuple(lengths.shape)}"
+        )
+    if getattr(lengths, "device", None) != getattr(query, "device", None):
+        raise InvalidProblem(f"additional_lengths and query must share one device, got {lengths.device} and {query.device}")
+
+
+def _dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidProblem(f"{name} must be a finite number, got {value!r}") from None
+
+
+def _times(values: tuple[int, ...]) -> str:
+    return "x".join(str(value) for value in values)
