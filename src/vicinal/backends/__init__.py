@@ -1,0 +1,124 @@
+"""The backends, in order of preference, and the choice among them.
+
+No decorators and no registration: the tuple is the registry, its order is the policy.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from vicinal.backends import blocked, reference
+from vicinal.backends.base import Backend
+from vicinal.errors import InvalidProblem, Unsupported
+from vicinal.hardware import KNOWN, Hardware
+from vicinal.problem import Problem
+
+ALL: tuple[Backend, ...] = (blocked.backend, reference.backend)
+
+VARIABLE = "VICINAL_BACKEND"
+"""The one environment variable: a backend's name, used where a call names none."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backends would run a problem, and why the others would not. Prints itself."""
+
+    reasons: tuple[tuple[str, tuple[str, ...]], ...]
+    chosen: str | None
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.reasons)
+        lines: list[str] = []
+        for name, reasons in self.reasons:
+            mark = "<- chosen" if name == self.chosen else ""
+            lines.append(f"{name:<{width}}  {'no ' if reasons else 'yes'}  {'; '.join(reasons) or mark}".rstrip())
+        return "\n".join(lines)
+
+
+def named(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        InvalidProblem: if there is none.
+    """
+    for backend in ALL:
+        if backend.name == name:
+            return backend
+    raise InvalidProblem(f"backend must be one of {', '.join(b.name for b in ALL)}, got {name!r}")
+
+
+def explain(problem: Problem, hardware: Hardware | None = None, backend: str | None = None) -> Explanation:
+    """Which backend would run `problem` on `hardware`, and why the others would not. Runs nothing.
+
+    Args:
+        problem: what is asked.
+        hardware: where; `None` means this machine's accelerator, or its processor if it has none.
+        backend: as in a call: a name to insist on, or `None` for the first that can.
+
+    Example:
+        >>> print(explain(Problem.grid((8, 12), kernel_size=3), Hardware.named("h100-sxm")))
+        blocked    yes  <- chosen
+        reference  yes
+    """
+    hardware = present(_default_device()) if hardware is None else hardware
+    reasons = tuple((candidate.name, candidate.why_not(problem, hardware)) for candidate in ALL)
+    name = backend or os.environ.get(VARIABLE)
+    if name:
+        willing = () if dict(reasons)[named(name).name] else (name,)
+    else:
+        willing = tuple(candidate for candidate, why in reasons if not why)
+    return Explanation(reasons, willing[0] if willing else None)
+
+
+def choose(problem: Problem, hardware: Hardware, name: str | None = None) -> Backend:
+    """The backend called `name`, or the first in `ALL` that will run the problem.
+
+    A name is never overruled: if that backend will not run, it is an error. Where none is given,
+    the environment variable `VICINAL_BACKEND` may name one.
+
+    Raises:
+        InvalidProblem: if there is no backend of that name.
+        Unsupported: if it (or every one) declines; the message gives each one's reasons.
+    """
+    found = explain(problem, hardware, name)
+    if found.chosen is not None:
+        return named(found.chosen)
+    name = name or os.environ.get(VARIABLE)
+    who = f"backend {name!r} declines" if name else "no backend runs"
+    raise Unsupported(f"{who} this problem ({problem}) on {hardware.name}:\n{found}")
+
+
+@lru_cache(maxsize=32)
+def present(device: torch.device) -> Hardware:
+    """The hardware behind a PyTorch device: a known record where the name is known, else what can be read off."""
+    if device.type != "cuda":
+        return Hardware(device.type, device.type, (0, 0), os.cpu_count() or 1, 0, 0, 0, 0.0, (), "not a known device")
+    properties = torch.cuda.get_device_properties(device)
+    arch = (0, 0) if torch.version.hip else (properties.major, properties.minor)
+    for record in KNOWN.values():
+        # Names such as "NVIDIA H100 80GB HBM3"; memory tells variants of one chip apart.
+        chip = record.name.split("-")[0].upper()
+        if record.arch == arch and chip in properties.name.upper().replace(" ", "") and record.units == (
+            properties.multi_processor_count
+        ):
+            return record
+    return Hardware(
+        name=properties.name,
+        kind="cuda",
+        arch=arch,
+        units=properties.multi_processor_count,
+        smem_bytes=getattr(properties, "shared_memory_per_block_optin", 0),
+        l2_bytes=getattr(properties, "L2_cache_size", 0),
+        memory_bytes=properties.total_memory,
+        bandwidth_bytes_per_s=0.0,
+        flops_per_s=(),
+        source="read off the device",
+    )
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,200 @@
+"""What is compiled: a variant of the kernels, and the shape of what they are told at run time.
+
+Knows neither torch nor triton, so a plan can be priced and a variant named on any machine. The
+kernels always see three axes; a grid of lower rank gets leading axes of one token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+from vicinal.errors import Unsupported
+from vicinal.plan import Plan
+from vicinal.problem import Axis
+from vicinal.tiling import Tiling
+
+ROWS = 64
+"""Queries of one warpgroup: the rows of a Hopper matrix instruction."""
+
+SMEM_BYTES = 227 * 1024
+"""Shared memory that a block can use."""
+
+
+class AxisArgs(NamedTuple):
+    """One axis, as a kernel is told of it at run time: all that `window` needs, and the tile count."""
+
+    length: Any
+    kernel_size: Any
+    stride: Any
+    dilation: Any
+    is_causal: Any
+    tiles: Any  # query tiles of one dilation group
+
+
+class StepArgs(NamedTuple):
+    """How far apart things lie in one tensor, in elements: heads, and neighbors on each axis."""
+
+    head: Any
+    t: Any
+    h: Any
+    w: Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """All that a kernel has compiled in. Grid, window, stride and dilation are not among it.
+
+    Args:
+        dtype: `"float16"` or `"bfloat16"`.
+        head_dim: 32, 64, 128 or 256.
+        rank: axes of the grid; those before them hold one token.
+        box: queries of one warpgroup along each axis, 64 in all.
+        stack: the axis along which the boxes of several warpgroups lie side by side.
+        consumers: warpgroups that compute; 1 means no warp specialisation.
+        kv_box: keys of one tile along each axis.
+        stages: KV tiles in flight.
+        mask: `"none"`, `"coded"` (on the tensor core) or `"select"` (on tiles that need one).
+        has_additional: whether there are additional keys.
+        max_registers: cap per thread, so that more blocks share a multiprocessor; 0 for none.
+    """
+
+    dtype: str
+    head_dim: int
+    rank: int
+    box: tuple[int, int, int]
+    stack: int
+    consumers: int
+    kv_box: tuple[int, int, int]
+    stages: int
+    mask: str
+    has_additional: bool = False
+    max_registers: int = 0
+
+    @property
+    def keys(self) -> int:
+        """Keys of one tile."""
+        return prod(self.kv_box)
+
+    @property
+    def q_tile(self) -> tuple[int, ...]:
+        """Queries of one block along each axis."""
+        return tuple(n * self.consumers if i == self.stack else n for i, n in enumerate(self.box))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a warpgroup computes scores of one tile while it exponentiates those of another.
+
+        That needs registers for two tiles: three warpgroups have too few, and do not need it,
+        because they overlap each other.
+        """
+        return self.consumers == 2
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread of a computing warpgroup."""
+        return {1: 0, 2: 240, 3: 160}[self.consumers]
+
+    @property
+    def code_width(self) -> int:
+        """Columns of the mask's code; a matrix instruction takes 16."""
+        return code_width(self.kv_box[-self.rank :])[0]
+
+    @property
+    def code_is_reduced(self) -> bool:
+        """Whether the last place of each axis shares one column, see `tile.Code`."""
+        return code_width(self.kv_box[-self.rank :])[1]
+
+
+def code_width(kv_box: tuple[int, ...]) -> tuple[int, bool]:
+    """Columns that code a key's place in a box, in whole matrix instructions, and whether they are the reduced ones.
+
+    The plain code has one column per place of each axis. Its columns are dependent (those of an
+    axis sum to one), so two fewer suffice, one of them constant; that costs more arithmetic and is
+    used only where it saves an instruction.
+
+    Example:
+        >>> code_width((2, 4, 8)), code_width((2, 8, 8)), code_width((2, 4, 16))
+        ((16, False), (16, True), (32, False))
+    """
+    plain = sum(kv_box)
+    reduced = sum(n - 1 for n in kv_box) + 1
+    if plain > 16 >= reduced or plain > 32 >= reduced:
+        return (16 if reduced <= 16 else 32), True
+    return (16 if plain <= 16 else 32 if plain <= 32 else 64), False
+
+
+def three(values: tuple[int, ...]) -> tuple[int, int, int]:
+    """`(5,) -> (1, 1, 5)`: leading axes of one token."""
+    a, b, c = (1,) * (3 - len(values)) + values
+    return a, b, c
+
+
+def three_axes(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    return (Axis(1, 1),) * (3 - len(axes)) + axes
+
+
+def why_not_tiling(tiling: Tiling, head_dim: int) -> tuple[str, ...]:
+    """Every reason why the kernels cannot be cut that way."""
+    rows, keys = prod(tiling.q_tile), prod(tiling.kv_tile)
+    powers = all(n & (n - 1) == 0 for n in tiling.kv_tile)
+    fits = _split(tiling.q_tile) is not None
+    facts = (
+        (tiling.kv_origin == "free", 'kv_origin must be "free"'),
+        (rows in (64, 128, 192), f"a query tile must hold 64, 128 or 192 queries, got {rows}"),
+        (fits, f"a query tile must be made of boxes of 64 with sides that are powers of two, got {tiling.q_tile}"),
+        (powers, f"the sides of a KV tile must be powers of two, got {tiling.kv_tile}"),
+        (keys in (32, 64, 128), f"a KV tile must hold 32, 64 or 128 keys, got {keys}"),
+        (head_dim < 256 or keys * 2 + rows <= 256, f"tiles too large for heads of {head_dim}: {rows} x {keys}"),
+    )
+    return tuple(reason for holds, reason in facts if not holds)
+
+
+def _split(q_tile: tuple[int, ...]) -> tuple[tuple[int, int, int], int, int] | None:
+    """`q_tile` as a box of 64 queries, the axis that boxes are stacked on, and their number."""
+    tile = three(q_tile)
+    consumers = prod(tile) // ROWS
+    if consumers * ROWS != prod(tile):
+        return None
+    for stack in range(3):
+        box = tuple(n // consumers if i == stack else n for i, n in enumerate(tile))
+        if tile[stack] % consumers == 0 and all(n & (n - 1) == 0 for n in box):
+            return three(box), stack, consumers
+    return None
+
+
+def variant_of(plan: Plan) -> Variant:
+    """The variant that runs `plan`.
+
+    Raises:
+        Unsupported: if its tiling is not one that the kernels can be cut into.
+    """
+    problem, tiling = plan.problem, plan.tiling
+    reasons = why_not_tiling(tiling, problem.head_dim)
+    if reasons:
+        raise Unsupported(f"hopper cannot use this tiling ({tiling}): {'; '.join(reasons)}")
+    split = _split(tiling.q_tile)
+    assert split is not None  # why_not_tiling has just looked
+    box, stack, consumers = split
+    kv_box = three(tiling.kv_tile)
+    keys = prod(kv_box)
+    mask = "none" if plan.masked == 0 else "coded" if code_width(tiling.kv_tile)[0] <= 32 else "select"
+    return Variant(
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        rank=problem.rank,
+        box=box,
+        stack=stack,
+        consumers=consumers,
+        kv_box=kv_box,
+        stages=2 if consumers < 3 else 3,
+        mask=mask,
+        has_additional=problem.additional > 0,
+        max_registers=_cap(consumers, keys, problem.head_dim),
+    )
+
+
+def _cap(consumers: int, keys: int, head_dim: int) -> int:
+    # Measured: with small tiles five blocks to a multiprocessor, at 96 registers a thread, beat four at 128.
+    return 96 if consumers == 1 and keys <= 64 and head_dim <= 64 else 0

@@ -1,0 +1,153 @@
+"""The operator as PyTorch sees it: custom ops with fakes, derivatives, autocast and FLOP formulas.
+
+Schemas carry tensors and numbers only. Every entry rebuilds `Problem` and `Plan` from them through
+the same caches, so that compiled, exported and eager calls share one plan and one set of checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicinal import backends
+from vicinal.backends.base import Backend, Inputs, Output
+from vicinal.errors import Unsupported
+from vicinal.plan import Plan, make_plan
+from vicinal.problem import Problem
+from vicinal.tiling import Tiling
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def encode(tiling: Tiling | None) -> list[int]:
+    """A tiling as integers, for a schema: query tile, KV tile, 1 if origins are free. Empty for `None`."""
+    return [] if tiling is None else [*tiling.q_tile, *tiling.kv_tile, tiling.kv_origin == "free"]
+
+
+def decode(numbers: Sequence[int]) -> Tiling | None:
+    """Undo `encode`."""
+    if not numbers:
+        return None
+    *tiles, free = numbers
+    rank = len(tiles) // 2
+    return Tiling(tuple(tiles[:rank]), tuple(tiles[rank:]), "free" if free else "grid")
+
+
+def solve(
+    inputs: Inputs,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+    backend: str,
+    tiling: Sequence[int],
+) -> tuple[Backend, Plan]:
+    """Who computes it, and how it is cut."""
+    problem = Problem.of(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        list(kernel_size),
+        stride=list(stride),
+        dilation=list(dilation),
+        is_causal=list(is_causal),
+        scale=scale,
+        additional_keys=inputs.additional_keys,
+        additional_values=inputs.additional_values,
+        additional_lengths=inputs.additional_lengths,
+    )
+    hardware = backends.present(inputs.query.device)
+    chosen = backends.choose(problem, hardware, backend or None)
+    cut = decode(tiling) or next(iter(chosen.tilings(problem, hardware)))
+    return chosen, make_plan(problem, cut)
+
+
+@torch.library.custom_op("vicinal::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    additional_lengths: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+    backend: str,
+    tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """`out [B, *S, H, Dv]` and `lse [B, *S, H]`; see `vicinal.neighborhood_attention`."""
+    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths)
+    chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling)
+    return tuple(chosen.forward(plan, inputs))
+
+
+@torch.library.custom_op("vicinal::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    additional_lengths: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+    backend: str,
+    tiling: Sequence[int],
+) -> list[Tensor]:
+    """Gradients of query, key, value, and of the additional keys and values if there are any."""
+    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths)
+    chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling)
+    gradients = chosen.backward(plan, inputs, Output(out, lse), grad_out, grad_lse)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype)
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    tensors = (query, key, value, additional_keys, additional_values)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.settings = inputs[6:]
+
+
+def _derivative(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    gradients = iter(attention_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.settings))
+    of_inputs = [None if tensor is None else next(gradients) for tensor in inputs[:5]]
+    return (*of_inputs, None, *[None] * len(ctx.settings))
+
+
+attention.register_autograd(_derivative, setup_context=_save)

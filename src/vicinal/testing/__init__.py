@@ -1,0 +1,6 @@
+"""What to test a backend with: laws, tolerances and, in `strategies`, what hypothesis draws from."""
+
+from vicinal.testing.checks import LAWS, Finding, Law, Report, check_backend
+from vicinal.testing.tolerance import assert_as_good_as_eager
+
+__all__ = ["LAWS", "Finding", "Law", "Report", "assert_as_good_as_eager", "check_backend"]

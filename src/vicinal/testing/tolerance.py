@@ -1,0 +1,61 @@
+"""How far off an answer may be: derived from what plain PyTorch loses, never typed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def allowance(eager: Tensor, truth: Tensor, dtype: torch.dtype, *, slack: float = 2.0) -> float:
+    """The largest error that an answer in `dtype` may have.
+
+        slack * max|eager - truth| + eps(dtype) * max|truth|
+
+    Args:
+        eager: what plain PyTorch computes in that dtype.
+        truth: the same in float64.
+        dtype: that of the answer; the second term is one rounding of it to this dtype.
+        slack: how many times plain PyTorch's own error is allowed.
+    """
+    if not truth.numel():
+        return 0.0
+    own = (eager.double() - truth.double()).abs().max().item()
+    return slack * own + torch.finfo(dtype).eps * truth.double().abs().max().item()
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """The largest absolute difference; NaN if anything is NaN."""
+    return (actual.double() - truth.double()).abs().max().item() if truth.numel() else 0.0
+
+
+def assert_as_good_as_eager(
+    actual: Tensor, eager: Tensor, truth: Tensor, *, slack: float = 2.0, what: str = "the answer"
+) -> None:
+    """`actual` may be at most `slack` times as far from `truth` as plain PyTorch, plus one rounding of itself.
+
+    Args:
+        actual, eager, truth: one shape; the tested answer, plain PyTorch's in the same dtype, float64's.
+        slack: how many times plain PyTorch's own error is allowed.
+        what: named in the message.
+
+    Raises:
+        AssertionError: if the shapes differ, or it is further off, or holds a NaN or an infinity.
+
+    Source: the rule that FlashAttention's tests use, without their absolute constants.
+
+    Example:
+        >>> truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> assert_as_good_as_eager(truth.float(), truth.float(), truth)
+        >>> assert_as_good_as_eager(truth.float() + 0.1, truth.float(), truth)
+        Traceback (most recent call last):
+        ...
+        AssertionError: the answer is off by 1.000e-01 where 2.384e-07 is allowed (419430.4 times)
+    """
+    if actual.shape != truth.shape or eager.shape != truth.shape:
+        raise AssertionError(f"{what} has shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
+    worst, allowed = error(actual, truth), allowance(eager, truth, actual.dtype, slack=slack)
+    if not worst <= allowed:  # written so that NaN fails
+        bad = int((~actual.isfinite()).sum())
+        extra = f"; {bad} of {actual.numel()} elements are not finite" if bad else ""
+        times = f" ({worst / allowed:.1f} times)" if allowed else ""
+        raise AssertionError(f"{what} is off by {worst:.3e} where {allowed:.3e} is allowed{times}{extra}")
