@@ -1,0 +1,28 @@
+"""Neighborhood attention on 1-D, 2-D and 3-D grids: meaning, plan, prediction, kernels."""
+
+from vicinal.backends import explain
+from vicinal.errors import InvalidProblem, Unsupported
+from vicinal.functional import attention_with_lse, merge_attentions, na1d, na2d, na3d, neighborhood_attention
+from vicinal.hardware import Hardware
+from vicinal.plan import Plan, make_plan
+from vicinal.problem import Problem
+from vicinal.tiling import Tiling
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Hardware",
+    "InvalidProblem",
+    "Plan",
+    "Problem",
+    "Tiling",
+    "Unsupported",
+    "attention_with_lse",
+    "explain",
+    "make_plan",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+    "neighborhood_attention",
+]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, Union
 
 import torch
 from torch import Tensor
 
 from vicinal import ops
-from vicinal._tuples import canonical
-from vicinal.errors import InvalidProblem, Unsupported
+from vicinal.errors import InvalidProblem
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
+
+T = TypeVar("T")
+Each = Union[T, Sequence[T]]
+"""One value for all spatial axes, or one per axis."""
 
 
 class AttentionOutput(NamedTuple):
@@ -22,15 +25,87 @@ class AttentionOutput(NamedTuple):
     lse: Tensor
 
 
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Each[int],
+    *,
+    stride: Each[int] = 1,
+    dilation: Each[int] = 1,
+    is_causal: Each[bool] = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+    backend: str | None = None,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """Attention in which every query sees only the keys near it on a 1-D, 2-D or 3-D grid.
+
+        out[i] = sum_j softmax_j(scale * query[i] . key[j]) * value[j],   j in the window of i
+
+    The window is a product of one window per axis (`vicinal.window.window` is the definition), and
+    every query also sees all additional keys: text tokens, registers.
+
+    Args:
+        query: `[B, *S, H, D]`, with one to three spatial axes `*S`.
+        key: `[B, *S, Hkv, D]`; `H` must be a multiple of `Hkv`, and query head `h` reads key head
+            `h // (H // Hkv)` in place.
+        value: `[B, *S, Hkv, Dv]`.
+        kernel_size: keys per window and axis, the query itself counted; `-1` is the whole axis.
+        stride: queries that share a window, at most `kernel_size`. 1 slides; `kernel_size` gives
+            blocked attention.
+        dilation: distance between neighboring keys; `kernel_size * dilation` must fit the axis.
+        is_causal: whether a query sees only itself and what comes before, per axis.
+        scale: multiplies the scores; `None` is `D ** -0.5`. 0.0 is legal.
+        additional_keys, additional_values: `[B, M, Hkv, D]` and `[B, M, Hkv, Dv]`.
+        additional_lengths: integers `[B]`: only so many of the `M` are seen in each batch row.
+            Values below 0 count as 0, above `M` as `M`.
+        backend: insist on one by name; by default the first that can run the problem, see `explain`.
+        tiling: insist on how the work is cut. Changes the time, never the answer.
+
+    Returns:
+        `[B, *S, H, Dv]`, contiguous, in the dtype of the inputs.
+
+    Raises:
+        InvalidProblem: the arguments do not fit each other; the message names the one at fault.
+        Unsupported: no backend, or not the one named, runs this problem on this device.
+
+    Source: Generalized Neighborhood Attention, arXiv 2504.16922; Faster Neighborhood Attention,
+        arXiv 2403.04690; Dilated Neighborhood Attention Transformer, arXiv 2209.15001.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 12, 20, 4, 16)  # one picture of 12x20 tokens, 4 heads of 16
+        >>> neighborhood_attention(query, key, value, kernel_size=(7, 5), dilation=(1, 2)).shape
+        torch.Size([1, 12, 20, 4, 16])
+    """
+    return attention_with_lse(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        additional_lengths=additional_lengths,
+        backend=backend,
+        tiling=tiling,
+    ).out
+
+
 def attention_with_lse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kernel_size: int | Sequence[int],
+    kernel_size: Each[int],
     *,
-    stride: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
+    stride: Each[int] = 1,
+    dilation: Each[int] = 1,
+    is_causal: Each[bool] = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -61,10 +136,110 @@ def attention_with_lse(
         >>> lse.exp().mean().item()  # nine equal scores of 0 in each window
         9.0
     """
-    tensors = (query, key, value, additional_keys, additional_values, additional_lengths)
+    settings = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
+    extra = (additional_keys, additional_values, additional_lengths)
     if not torch.compiler.is_compiling():
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
-        Problem.of(
+        names = ("additional_keys", "additional_values", "additional_lengths")
+        Problem.of(query, key, value, **settings, scale=scale, **dict(zip(names, extra, strict=True)))
+    rank = query.ndim - 3
+    query, key, value, *floats = _autocast(query, key, value, additional_keys, additional_values)
+    out, lse = ops.attention(
+        query,
+        key,
+        value,
+        *floats,
+        additional_lengths,
+        *(_each(setting, rank) for setting in settings.values()),
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        backend or "",
+        ops.encode(tiling),
+    )
+    return AttentionOutput(out, lse)
+
+
+def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> AttentionOutput:
+    """Attention over a union of disjoint key sets, from the attention over each.
+
+        lse = log sum_n exp(lse_n),   out = sum_n exp(lse_n - lse) * out_n
+
+    Computed in float32 (float64 for float64) by differentiable operations, so that every output
+    and every lse gets its right gradient.
+
+    Args:
+        outputs: `[B, *S, H, Dv]` each.
+        lses: `[B, *S, H]` each, natural logarithms; `-inf` where a part saw no key.
+
+    Returns:
+        `(out, lse)` in the dtypes of the parts.
+
+    Raises:
+        InvalidProblem: if there is no part, or the parts do not fit each other.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 6, 10, 2, 8)
+        >>> near = attention_with_lse(q, k, v, kernel_size=3)
+        >>> merged = merge_attentions([near.out], [near.lse])
+        >>> torch.allclose(merged.out, near.out)
+        True
+    """
+    if not outputs or len(outputs) != len(lses):
+        raise InvalidProblem(
+            f"outputs and lses must be as many and at least one each, got {len(outputs)} outputs and {len(lses)} lses"
+        )
+    first = outputs[0]
+    for name, tensors, shape in (("outputs", outputs, first.shape), ("lses", lses, first.shape[:-1])):
+        for i, tensor in enumerate(tensors):
+            if tensor.shape != shape:
+                raise InvalidProblem(
+                    f"{name}[{i}] must have shape {tuple(shape)} to go with outputs[0], got {tuple(tensor.shape)}"
+                )
+    stacked = torch.stack(tuple(lses))
+    lse = stacked.logsumexp(0)
+    # Where no part saw a key, the sum is -inf and every weight is to be 0, not exp(-inf + inf).
+    weights = torch.exp(stacked - lse.masked_fill(lse == -torch.inf, 0.0))
+    merged = sum((w.unsqueeze(-1) * out.to(w.dtype) for w, out in zip(weights, outputs, strict=True)), start=lse.new_zeros(()))
+    return AttentionOutput(torch.as_tensor(merged).to(first.dtype), lse)
+
+
+def _natten(rank: int, example: str):
+    """`na1d`, `na2d` or `na3d`: one body, since rank is a number and not a kind."""
+
+    def na(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Each[int],
+        stride: Each[int] = 1,
+        dilation: Each[int] = 1,
+        is_causal: Each[bool] = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        backend: str | None = None,
+        q_tile_shape: Sequence[int] | None = None,
+        kv_tile_shape: Sequence[int] | None = None,
+        backward_q_tile_shape: Sequence[int] | None = None,
+        backward_kv_tile_shape: Sequence[int] | None = None,
+        backward_kv_splits: Sequence[int] | None = None,
+        backward_use_pt_reduction: bool = False,
+        run_persistent_kernel: bool = True,
+        kernel_schedule: str | None = None,
+        torch_compile: bool = False,
+        return_lse: bool = False,
+    ) -> Tensor | AttentionOutput:
+        if query.ndim != rank + 3:
+            raise InvalidProblem(
+                f"na{rank}d takes query as [B, *S, H, D] with {rank} spatial axes, so of rank {rank + 3}, "
+                f"got shape {tuple(query.shape)}"
+            )
+        if (q_tile_shape is None) != (kv_tile_shape is None):
+            raise InvalidProblem(
+                f"q_tile_shape and kv_tile_shape must come together, got {q_tile_shape} and {kv_tile_shape}"
+            )
+        given = q_tile_shape is not None and kv_tile_shape is not None
+        output = attention_with_lse(
             query,
             key,
             value,
@@ -75,21 +250,46 @@ def attention_with_lse(
             scale=scale,
             additional_keys=additional_keys,
             additional_values=additional_values,
-            additional_lengths=additional_lengths,
+            backend=backend,
+            tiling=Tiling(tuple(q_tile_shape), tuple(kv_tile_shape)) if given else None,
         )
-    rank = query.ndim - 3
-    out, lse = ops.attention(
-        *tensors,
-        _each(kernel_size, rank),
-        _each(stride, rank),
-        _each(dilation, rank),
-        _each(is_causal, rank),
-        query.shape[-1] ** -0.5 if scale is None else float(scale),
-        backend or "",
-        ops.encode(tiling),
-    )
-    return AttentionOutput(out, lse)
+        return output if return_lse else output.out
+
+    na.__name__ = na.__qualname__ = f"na{rank}d"
+    na.__doc__ = f"""{rank}-D neighborhood attention with NATTEN 0.21's signature: change the import, keep the call.
+
+    Tensors and windows mean what they mean in `neighborhood_attention`; `backend` takes our names.
+    `q_tile_shape` and `kv_tile_shape`, given together, are a `Tiling`. `attention_kwargs` and all
+    after `kv_tile_shape` choose among NATTEN's own kernels; they are accepted and have no effect.
+
+    Returns:
+        `out [B, *S, H, Dv]`, or `(out, lse)` if `return_lse`.
+
+    Raises:
+        InvalidProblem, Unsupported: as `neighborhood_attention`; also if the grid is not {rank}-D.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, {example}, 4, 16)
+        >>> out, lse = na{rank}d(q, k, v, kernel_size=5, return_lse=True)
+        >>> lse.shape
+        torch.Size([2, {example}, 4])
+    """
+    return na
+
+
+na1d = _natten(1, "40")
+na2d = _natten(2, "10, 14")
+na3d = _natten(3, "5, 6, 8")
 
 
 def _each(value: Any, rank: int) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value] * rank
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    """Under autocast, floats of up to 32 bits in its dtype: attention is among the operations that it lowers."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -125,7 +125,7 @@ class Estimate:
             ),
             ("memory traffic", f"{_si(self.least_bytes, 'B')} at least, {_si(self.most_bytes, 'B')} without caches"),
             ("blocks", f"{self.blocks:,} in {self.waves:,} waves on {self.hardware.units} units"),
-            ("roofline", f"{_time(self.time_s)}, bound by {bound}; dense {_time(self.dense_time_s)}"),
+            ("roofline", f"{readable_time(self.time_s)}, bound by {bound}; dense {readable_time(self.dense_time_s)}"),
         ]
         lines = [f"{plan.problem}; {plan.tiling}; {self.hardware.name}"]
         lines += [f"  {name:<15} {text}" for name, text in rows]
@@ -135,6 +135,19 @@ class Estimate:
                 numbers = (speedup.worst_tile, speedup.mean_tile, speedup.roofline, speedup.flop_wise)
                 lines.append(f"  {name:<15} " + " ".join(f"{number:>9.2f}x" for number in numbers))
         return "\n".join(lines)
+
+
+def readable_time(seconds: float) -> str:
+    """Three digits and a unit.
+
+    Example:
+        >>> readable_time(0.0123456)
+        '12.3 ms'
+    """
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size * 0.9995:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
 
 
 def end_to_end(attention_share: float, speedup: float, *, dense_steps: int = 0, steps: int = 1) -> float:
@@ -164,7 +177,9 @@ def end_to_end(attention_share: float, speedup: float, *, dense_steps: int = 0, 
     if not speedup > 0:
         raise InvalidProblem(f"speedup must be above 0, got {speedup}")
     if steps < 1 or not 0 <= dense_steps <= steps:
-        raise InvalidProblem(f"dense_steps must lie in [0, steps] and steps be at least 1, got {dense_steps} of {steps}")
+        raise InvalidProblem(
+            f"dense_steps must lie in [0, steps] and steps be at least 1, got {dense_steps} of {steps}"
+        )
     sparse = (steps - dense_steps) / steps
     return 1 / (1 - attention_share * sparse * (1 - 1 / speedup))
 
@@ -274,9 +289,7 @@ def _dense_tiles(plan: Plan) -> tuple[int, int]:
 def _real_keys(axis: AxisPlan) -> int:
     """Keys that exist in the visited tiles of one axis, summed over its query tiles."""
     lengths = [sub.length for sub in axis.axis.subaxes()]
-    return sum(
-        min(span.origin + span.visited * axis.kv_tile, lengths[span.group]) - span.origin for span in axis.spans
-    )
+    return sum(min(span.origin + span.visited * axis.kv_tile, lengths[span.group]) - span.origin for span in axis.spans)
 
 
 def _least_bytes(problem: Problem) -> int:
@@ -332,10 +345,3 @@ def _si(number: float, unit: str) -> str:
 
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"

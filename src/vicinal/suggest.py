@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import inf, log, prod
+from math import inf, lcm, log, prod
 from typing import NamedTuple, overload
 
 from vicinal._tuples import canonical, ceil_div
@@ -15,14 +15,17 @@ from vicinal.errors import InvalidProblem
 from vicinal.hardware import Hardware
 from vicinal.plan import AxisPlan, make_plan
 from vicinal.problem import FLOATS, Axis, Problem
-from vicinal.simulate import Estimate, simulate
+from vicinal.simulate import Estimate, readable_time, simulate
 from vicinal.tiling import Tiling
 
 _SHAPES = 10
 """Tile shapes that are tried per volume: the most compact ones, whose halo is smallest."""
 
-_WINDOWS = 16
-"""Window sizes that are tried per axis: multiples of the KV tile, thinned to about so many."""
+_LADDER = {1: 1.02, 2: 1.08, 3: 1.2}
+"""Ratio of neighboring window sizes that are tried on a long axis, by the grid's rank."""
+
+_ALL = 16
+"""Up to so many window sizes per axis, all of them are tried."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ class Suggestions(Sequence[Estimate]):
         lines = [self.wish]
         for row in rows:
             # Shapes read from the left, numbers from the right.
-            cells = [cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [
+                cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
             lines.append(("  " + "  ".join(cells)).rstrip())
         return "\n".join(lines)
 
@@ -73,15 +78,17 @@ def suggest(
     """Windows, strides and tilings near a wish, best first. Give either `sparsity` or `speedup`.
 
     Perfectly block-sparse plans (no masks, and the worst query tile reaches the FLOP-wise bound)
-    come first. Then counts, in steps of 5 %, how far a plan misses the wish times how far its worst
-    query tile stays behind the bound; then how compact the window is in tokens (an axis that is
-    wholly seen is left out); then a small stride, which is closest to a sliding window.
+    come first. Then counts the product of three factors, to one percent: how far a plan misses the
+    wish; pairs that it performs for each useful one, if all its query tiles were as its worst; and the
+    fifth root of the window's elongation (its longest side over its shortest; a side that fills its
+    axis is excused for being short), because the nearest keys matter most. Then small strides, which
+    are closest to a sliding window.
 
-    Strides that bring no more speed-up than a smaller one are dropped, and each window and stride
-    appears once, with its best tiling. Searched are windows of a multiple of the KV tile (about 16
-    sizes per axis, short axes completely), and the most compact tiles of powers of two that fit into
-    the device's shared memory twice over; so what is found is good, not proven best. Where nothing
-    is near the wish, the nearest that there is comes back.
+    Of one window, a stride is listed only if it wastes less than every smaller stride (by the number
+    of queries that share a window), each with its best tiling. Searched are windows of a multiple of
+    the KV tile (a geometric ladder of them on long axes, all sizes on short ones) and the most compact
+    tiles of powers of two that fit into the device's shared memory. What is found is good, not proven
+    best; where nothing is near the wish, the nearest comes back.
 
     Args:
         grid: tokens per axis, 1 to 3 axes.
@@ -101,7 +108,8 @@ def suggest(
         True
     """
     grid = canonical(tuple(grid), len(tuple(grid)), "grid")
-    wanted = _wanted(sparsity, speedup)
+    # No window leaves out more than all keys but one.
+    wanted = min(_wanted(sparsity, speedup), float(prod(grid)))
     if not isinstance(count, int) or count < 1:
         raise InvalidProblem(f"count must be an integer of at least 1, got {count!r}")
     fields = {"batch": batch, "heads": heads, "head_dim": head_dim, "dtype": dtype}
@@ -112,7 +120,7 @@ def suggest(
         make_plan(Problem.grid(grid, 1, **fields), tiling)
     found = [
         simulate(make_plan(Problem.grid(grid, option.window, stride=option.stride, **fields), option.tiling), hardware)
-        for option in _best(grid, tried, wanted, sparsity is None, count)
+        for option in _best(_Wish(grid, wanted, sparsity is None), tried, count)
     ]
     wish = f"sparsity {sparsity:g}" if sparsity is not None else f"speed-up {speedup:g}x"
     return Suggestions(tuple(found), f"{'x'.join(map(str, grid))} grid on {hardware.name}, wanted {wish}")
@@ -159,6 +167,9 @@ def _volumes(hardware: Hardware, head_dim: int, itemsize: int) -> tuple[int, int
 def _shapes(grid: tuple[int, ...], volume: int) -> list[tuple[int, ...]]:
     """Boxes of powers of two with that volume, or the largest that the grid holds; most compact first."""
     sides = [[2**power for power in range(length.bit_length() + 1) if 2**power < 2 * length] for length in grid]
+    # A grid of few tiles has nothing to leave out, so small grids get small tiles; 16 is a matrix instruction's side.
+    while volume > 16 and 8 * volume > prod(grid):
+        volume //= 2
     volume = min(volume, prod(axis[-1] for axis in sides))
     boxes = [box for box in product(*sides) if prod(box) == volume]
     return sorted(boxes, key=lambda box: (max(box) / min(box), box))[:_SHAPES]
@@ -168,44 +179,139 @@ def _shapes(grid: tuple[int, ...], volume: int) -> list[tuple[int, ...]]:
 
 
 class _Choice(NamedTuple):
-    """A window and a stride on one axis, under some tiling."""
+    """A window and a stride on one axis, under some tiling, measured by its worst query tile."""
 
-    window: int
     stride: int
     speedup: float
+    waste: float
     is_perfect: bool
 
 
-@lru_cache(maxsize=4096)
-def _choices(length: int, q_tile: int, kv_tile: int, kv_origin: str) -> tuple[_Choice, ...]:
-    """All windows that are worth a try on an axis, each with the strides that pay."""
-    return tuple(
-        choice
-        for window in _windows(length, kv_tile)
-        for choice in _paying_strides(length, window, q_tile, kv_tile, kv_origin)
-    )
-
-
-def _windows(length: int, kv_tile: int) -> list[int]:
-    if length <= _WINDOWS:
+def _windows(length: int, kv_tile: int, rank: int) -> list[int]:
+    if length <= _ALL:
         return list(range(1, length + 1))
-    step = kv_tile
-    while length // step > _WINDOWS:
-        step *= 2
-    below = {2**power for power in range(step.bit_length()) if 2**power < step}
-    return sorted({*range(step, length + 1, step), *below, length})
+    below = {2**power for power in range(kv_tile.bit_length()) if 2**power < kv_tile}
+    most = length // kv_tile
+    sizes = set(range(1, most + 1))
+    if most > _ALL:
+        steps = int(log(most) / log(_LADDER[rank])) + 1
+        sizes = {round(_LADDER[rank] ** step) for step in range(steps)} | {most}
+    return sorted({*below, *(size * kv_tile for size in sizes), length})
 
 
-def _paying_strides(length: int, window: int, q_tile: int, kv_tile: int, kv_origin: str) -> Iterator[_Choice]:
-    """Strides, ascending, each with fewer KV tiles in the worst query tile than any before it."""
-    tiles, best = ceil_div(length, kv_tile), tiles_before = ceil_div(length, kv_tile) + 1, 0
-    fewest = ceil_div(window, kv_tile)
-    del tiles_before
+@lru_cache(maxsize=65536)
+def _paying_strides(length: int, window: int, q_tile: int, kv_tile: int, kv_origin: str) -> tuple[_Choice, ...]:
+    """Strides, ascending, each with fewer KV tiles in its worst query tile than any before it."""
+    tiles, fewest, least = ceil_div(length, kv_tile), length + 1, ceil_div(window, kv_tile)
+    choices: list[_Choice] = []
     for stride in _strides(window, q_tile):
-        plan = AxisPlan(Axis(length, window, stride), q_tile, kv_tile, kv_origin)
-        if plan.most_visited < best:
-            best = plan.most_visited
-            perfect = plan.full == plan.visited and tiles * window >= best * length
-            yield _Choice(window, stride, tiles / best, perfect)
-        if best == fewest:
-            return
+        sample = _sample(length, window, lcm(stride, q_tile, kv_tile))
+        plan = AxisPlan(Axis(sample, window, stride), q_tile, kv_tile, kv_origin)
+        if plan.most_visited < fewest:
+            fewest = plan.most_visited
+            waste = ceil_div(length, q_tile) * q_tile * fewest * kv_tile / (length * window)
+            is_perfect = plan.full == plan.visited and tiles * window >= fewest * length
+            choices.append(_Choice(stride, tiles / fewest, waste, is_perfect))
+        if fewest == least:
+            break
+    return tuple(choices)
+
+
+def _sample(length: int, window: int, period: int) -> int:
+    """A shorter axis with the same kinds of query tiles: both borders, and between them one period or more.
+
+    Away from the borders windows repeat with the period of strides and tiles; shortening by whole periods keeps the
+    far border where it is in relation to them.
+    """
+    spare = length - window - 4 * period
+    return length - max(spare // period, 0) * period
+
+
+def _strides(window: int, q_tile: int) -> list[int]:
+    if window <= 2 * _ALL:
+        return list(range(1, window + 1))
+    powers = (2**power for power in range(window.bit_length()))
+    return sorted({*powers, *range(q_tile, min(window, _ALL * q_tile) + 1, q_tile), window})
+
+
+# ---- all axes -------------------------------------------------------------------------------------------------
+
+
+class _Option(NamedTuple):
+    """One candidate; the smaller its rank, the better."""
+
+    rank: tuple[bool, int, int, float]
+    waste: float
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    tiling: Tiling
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    grid: tuple[int, ...]
+    factor: float
+    is_speedup: bool
+
+    def option(self, tiling: Tiling, window: tuple[int, ...], axes: Sequence[_Choice]) -> _Option:
+        bound = prod(self.grid) / prod(window)
+        # Dense attention may pad its tiles even more; nobody wishes for that part of a speed-up.
+        reached = min(prod(choice.speedup for choice in axes), bound) if self.is_speedup else bound
+        waste = prod(choice.waste for choice in axes)
+        sides = [size for size, length in zip(window, self.grid, strict=True) if size < length]
+        elongation = max(window) / min(sides) if sides else 1.0
+        cost = max(reached / self.factor, self.factor / reached) * waste * max(elongation, 1.0) ** 0.2
+        stride = tuple(choice.stride for choice in axes)
+        is_perfect = all(choice.is_perfect for choice in axes)
+        return _Option((not is_perfect, round(100 * log(cost)), prod(stride), cost), waste, window, stride, tiling)
+
+    def windows(self, kv_tile: tuple[int, ...], within: float) -> list[tuple[int, ...]]:
+        """Windows whose FLOP-wise bound is within a factor of the wish."""
+        axes = [_windows(length, tile, len(self.grid)) for length, tile in zip(self.grid, kv_tile, strict=True)]
+        pairs = prod(self.grid) / self.factor
+        low, high = pairs / within, pairs * within
+        return [window for window in product(*axes) if low <= prod(window) <= high]
+
+    def choices(self, tiling: Tiling, window: tuple[int, ...]) -> Iterator[tuple[_Choice, ...]]:
+        for length, size, q_tile, kv_tile in zip(self.grid, window, tiling.q_tile, tiling.kv_tile, strict=True):
+            yield _paying_strides(length, size, q_tile, kv_tile, tiling.kv_origin)
+
+
+def _best(wish: _Wish, tilings: tuple[Tiling, ...], count: int) -> list[_Option]:
+    # The fastest stride of every window first; only the best windows are then tried with smaller strides.
+    within, pool = 1.5, list[_Option]()
+    while not pool:
+        near = {kv_tile: wish.windows(kv_tile, within) for kv_tile in {tiling.kv_tile for tiling in tilings}}
+        fastest = (
+            wish.option(tiling, window, [strides[-1] for strides in wish.choices(tiling, window)])
+            for tiling in tilings
+            for window in near[tiling.kv_tile]
+        )
+        pool = heapq.nsmallest(16 * count, fastest, key=lambda option: option.rank)
+        within *= 1.5
+    for window, tiling in {(option.window, option.tiling) for option in pool}:
+        pool += [wish.option(tiling, window, axes) for axes in product(*wish.choices(tiling, window))]
+    kept: dict[tuple[int, ...], list[_Option]] = {}
+    # Ascending strides, so that whatever makes a larger one superfluous is met before it.
+    for option in sorted(pool, key=lambda option: (prod(option.stride), option.waste, option.rank)):
+        smaller = kept.setdefault(option.window, [])
+        if all(option.waste < other.waste * (1 - 1e-12) for other in smaller):
+            smaller.append(option)
+    return heapq.nsmallest(count, (option for group in kept.values() for option in group), key=lambda o: o.rank)
+
+
+# ---- printing -------------------------------------------------------------------------------------------------
+
+
+def _row(estimate: Estimate) -> tuple[str, ...]:
+    problem, tiling = estimate.problem, estimate.plan.tiling
+    shapes = (problem.kernel_size, problem.stride, tiling.q_tile, tiling.kv_tile)
+    return (
+        *("x".join(map(str, shape)) for shape in shapes),
+        f"{estimate.sparsity:.1%}",
+        # Dense attention may pad its tiles even more than this plan; that part of a speed-up is nothing to show.
+        f"{min(estimate.speedup.worst_tile, estimate.speedup.flop_wise):.2f}x",
+        f"{estimate.speedup.flop_wise:.2f}x",
+        readable_time(estimate.time_s),
+        "block-sparse" if estimate.is_perfect else "",
+    )

@@ -219,6 +219,7 @@ class Chunk:
     units: Slices
     columns: Sequence[Column]
     rows: Sequence[Tile]
+    run: int
 
     @property
     def queries(self) -> slice:
@@ -249,26 +250,32 @@ class Chunk:
         target = gathered[..., start : start + length(row.queries), :, :]
         target.copy_(piece.view(target.shape))
 
-    def row_of_keys(self, gathered: Tensor, row: Tile) -> Tensor:
+    def runs(self, row: Tile) -> list[slice]:
+        """The keys of a row along axis 0, at most `run` at a time."""
+        starts = range(row.keys.start, row.keys.stop, self.run)
+        return [slice(start, min(start + self.run, row.keys.stop)) for start in starts]
+
+    def run_of_keys(self, gathered: Tensor, piece: slice) -> Tensor:
         """`[C, keys, D]`, in place."""
-        start = row.keys.start - self.keys.start
-        return gathered[:, start : start + length(row.keys)].flatten(1, 2)
+        start = piece.start - self.keys.start
+        return gathered[:, start : start + length(piece)].flatten(1, 2)
 
 
-def chunks(part: Part, units: Sequence[int], groups: int, width: int) -> Iterator[Chunk]:
+def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int) -> Iterator[Chunk]:
     """Cut a part into chunks whose scores and keys fit the budgets.
 
     Args:
         units: `(B, *groups, Hkv)`, the axes of units.
         groups: query heads that read one key head.
         width: elements of one key and its value.
+        run: keys along axis 0 that are met at a time.
     """
     box = max(length(row.keys) for row in part.rows)
     tall = max(length(row.queries) for row in part.rows)
     for shape, columns in groupby(part.columns, key=lambda column: column.shape):
         alike = list(columns)
         across = prod(length(piece) for piece in alike[0].keys)
-        batch = max(SCORES // (groups * tall * prod(shape) * box * across), 1)
+        batch = max(SCORES // (groups * tall * prod(shape) * min(box, run) * across), 1)
         count = min(batch, len(alike))
         held = KEYS // (width * across * count)
         for at in range(0, len(alike), count):
@@ -276,7 +283,7 @@ def chunks(part: Part, units: Sequence[int], groups: int, width: int) -> Iterato
                 number = prod(length(piece) for piece in some)
                 slab = max((held // number - box) // tall, ceil_div(box, tall), 1)
                 for first in range(0, len(part.rows), slab):
-                    yield Chunk(part, some, alike[at : at + count], part.rows[first : first + slab])
+                    yield Chunk(part, some, alike[at : at + count], part.rows[first : first + slab], run)
 
 
 # ---- the arithmetic -----------------------------------------------------------------------------------
@@ -343,11 +350,15 @@ class Pass:
             return
         for part in parts(self.plan.axes):
             units = (problem.batch, *(len(residues) for residues in part.residues), problem.heads_kv)
-            for chunk in chunks(part, units, self.groups, problem.head_dim + problem.head_dim_v):
+            width, run = problem.head_dim + problem.head_dim_v, self.plan.tiling.kv_tile[0]
+            for chunk in chunks(part, units, self.groups, width, run):
                 yield Views(part, problem.dilation, problem.heads_kv), chunk
 
     def rows(self, views: Views, chunk: Chunk) -> Iterator[tuple[Tile, list[Run]]]:
-        """Each row of a chunk with the runs of keys that it meets: its box, and the additional keys."""
+        """Each row of a chunk with the runs of keys that it meets: its box, cut along axis 0, and the additional keys.
+
+        Runs are views of what was gathered, in the order of `Chunk.runs`.
+        """
         keys = chunk.gather_keys(views.keys(self.inputs.key), self.dtype)
         values = chunk.gather_keys(views.keys(self.inputs.value), self.dtype)
         extra = self.additional(views, chunk)
@@ -357,8 +368,13 @@ class Pass:
             if pattern not in masks:
                 mask = self.masks.chunk(row, chunk.columns)
                 masks[pattern] = None if mask is None else mask[:, None, None]
-            box = Run(chunk.row_of_keys(keys, row), chunk.row_of_keys(values, row), masks[pattern])
-            yield row, [box, *extra]
+            across, mask = keys.shape[2], masks[pattern]
+            runs: list[Run] = []
+            for piece in chunk.runs(row):
+                start = (piece.start - row.keys.start) * across
+                part = None if mask is None else mask[..., start : start + length(piece) * across]
+                runs.append(Run(chunk.run_of_keys(keys, piece), chunk.run_of_keys(values, piece), part))
+            yield row, [*runs, *extra]
 
     def additional(self, views: Views, chunk: Chunk) -> list[Run]:
         """The additional keys of a chunk's units, repeated for its columns: there are few of them."""
@@ -382,17 +398,24 @@ class Pass:
         return [Run(repeat(keys), repeat(values), mask)]
 
 
-def attend(q: Tensor, runs: Sequence[Run], columns: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Softmax over the keys of all runs: `[C, rows, Dv]` and the log2-sum-exp2, `[C, rows, 1]`."""
-    found = [scores(q, run, columns, groups) for run in runs]
-    top = found[0].amax(-1, keepdim=True)
-    for s in found[1:]:
-        top = torch.maximum(top, s.amax(-1, keepdim=True))
-    weights = [s.sub_(top).exp2_() for s in found]
-    total = sum((p.sum(-1, keepdim=True) for p in weights[1:]), weights[0].sum(-1, keepdim=True))
-    out = weights[0] @ runs[0].v
-    for p, run in zip(weights[1:], runs[1:], strict=True):
-        out.baddbmm_(p, run.v)
+def attend(q: Tensor, runs: Iterable[Run], columns: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Softmax over the keys of all runs, one run at a time: `[C, rows, Dv]` and the log2-sum-exp2, `[C, rows, 1]`."""
+    out = total = top = None
+    for run in runs:
+        s = scores(q, run, columns, groups)
+        highest = s.amax(-1, keepdim=True)
+        if out is None or total is None or top is None:
+            # A row may have no key in this run: keep its maximum finite, so that -inf - top stays -inf.
+            top = highest.clamp_(min=torch.finfo(s.dtype).min)
+            p = s.sub_(top).exp2_()
+            out, total = p @ run.v, p.sum(-1, keepdim=True)
+        else:
+            highest = torch.maximum(highest, top)
+            decay = (top - highest).exp2_()
+            p = s.sub_(highest).exp2_()
+            out = out.mul_(decay).baddbmm_(p, run.v)
+            total, top = total.mul_(decay).add_(p.sum(-1, keepdim=True)), highest
+    assert out is not None and total is not None and top is not None
     return out.div_(total), top + total.log2()
 
 
@@ -483,8 +506,8 @@ class Backward(Pass):
             for more, _, _ in found[1:]:
                 grad = grad.add_(more)
             chunk.put_row(grad, grad_q, row)
-            boxes = [chunk.row_of_keys(tensor, row) for tensor in sums[:2]]
-            for target, tensor in zip([*boxes, *sums[2:]], [t for f in found for t in f[1:]], strict=True):
+            targets = [chunk.run_of_keys(tensor, piece) for piece in chunk.runs(row) for tensor in sums[:2]]
+            for target, tensor in zip([*targets, *sums[2:]], [t for f in found for t in f[1:]], strict=True):
                 target.add_(tensor)
         boxes = [column.queries for column in chunk.columns]
         scatter(grad_q.mul_(self.plan.problem.scale), views.queries(dq)[chunk.units], chunk.queries, boxes)

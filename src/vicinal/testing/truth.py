@@ -108,32 +108,81 @@ def attention(
     leaves += [tensor.flatten(1, rank)[:, touched] for tensor in (inputs.key, inputs.value)]
     visible = seen[:, touched].expand(problem.batch, -1, -1)
     if inputs.additional_keys is not None and inputs.additional_values is not None:
-        leaves += [inputs.additional_keys, inputs.additional_values]
-        valid = torch.ones(problem.batch, len(tokens), problem.additional, dtype=torch.bool, device=device)
+        valid = torch.ones(problem.batch, problem.additional, dtype=torch.bool, device=device)
         if inputs.additional_lengths is not None:
-            valid = valid & (torch.arange(problem.additional, device=device) < inputs.additional_lengths[:, None, None])
-        visible = torch.cat([visible, valid], 2)
-    wants_gradients = grad_out is not None
-    leaves = [leaf.detach().to(dtype).requires_grad_(wants_gradients) for leaf in leaves]
-    out, lse = _attend(problem, leaves, visible)
-    gradients: tuple[Tensor, ...] = ()
+            valid = torch.arange(problem.additional, device=device) < inputs.additional_lengths[:, None]
+        # What does not count may hold anything, and 0 * NaN would still be heard.
+        hidden = ~valid[:, :, None, None]
+        leaves += [t.masked_fill(hidden, 0) for t in (inputs.additional_keys, inputs.additional_values)]
+        visible = torch.cat([visible, valid[:, None].expand(-1, len(tokens), -1)], 2)
+    leaves = [leaf.detach().to(dtype) for leaf in leaves]
+    grads = None
     if grad_out is not None:
-        grads = [grad_out.to(dtype), torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype)]
-        gradients = torch.autograd.grad([out, lse], leaves, grads)
-    return Answer(tokens, touched, out.detach(), lse.detach(), gradients)
+        grad_lse = grad_out.new_zeros(grad_out.shape[:-1]) if grad_lse is None else grad_lse
+        grads = grad_out.to(dtype), grad_lse
+    out, lse, gradients = (_exact if dtype == torch.float64 else _plain)(problem, leaves, visible, grads)
+    return Answer(tokens, touched, out, lse, gradients)
 
 
-def _attend(problem: Problem, leaves: list[Tensor], visible: Tensor) -> tuple[Tensor, Tensor]:
-    query = leaves[0].transpose(1, 2)  # [B, H, n, D]
-    key, value = leaves[1], leaves[2]
+Grads = tuple[Tensor, Tensor] | None
+Solution = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+
+
+def _exact(problem: Problem, leaves: list[Tensor], visible: Tensor, grads: Grads) -> Solution:
+    """In float64, gradients by automatic differentiation."""
+    leaves = [leaf.requires_grad_(grads is not None) for leaf in leaves]
+    query, key, value = _heads_first(problem, leaves)
+    scores = (query @ key.transpose(2, 3) * problem.scale).masked_fill(~visible[:, None], -torch.inf)
+    out, lse = (scores.softmax(3) @ value).transpose(1, 2), scores.logsumexp(3).transpose(1, 2)
+    gradients = () if grads is None else torch.autograd.grad([out, lse], leaves, [grads[0], grads[1].double()])
+    return out.detach(), lse.detach(), gradients
+
+
+def _plain(problem: Problem, leaves: list[Tensor], visible: Tensor, grads: Grads) -> Solution:
+    """Every step rounded to the dtype of the leaves, gradients by the textbook's formulas:
+
+        dS = P * (dO V^T - rowsum(dO * O) + dlse),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO
+
+    which is how PyTorch's own operators do it. Differentiating softmax instead would be exact where a
+    window holds one key, and no yardstick.
+    """
+    dtype, group = leaves[0].dtype, problem.heads // problem.heads_kv
+    q, k, v = _heads_first(problem, leaves)
+    scores = (_matmul(q, k.transpose(2, 3)) * problem.scale).masked_fill(~visible[:, None], -torch.inf)
+    p, lse = scores.softmax(3), scores.to(torch.promote_types(dtype, torch.float32)).logsumexp(3)
+    out = _matmul(p, v)
+    solution = out.transpose(1, 2), lse.transpose(1, 2)
+    if grads is None:
+        return *solution, ()
+    grad_out = grads[0].transpose(1, 2)
+    delta = (grad_out * out).sum(3) - grads[1].to(dtype).transpose(1, 2)
+    grad_scores = p * (_matmul(grad_out, v.transpose(2, 3)) - delta[..., None]) * problem.scale
+    grad_q = _matmul(grad_scores, k).transpose(1, 2)
+    grad_kv = [_matmul(left.transpose(2, 3), right) for left, right in ((grad_scores, q), (p, grad_out))]
+    tokens = leaves[1].shape[1]
+    grad_k, grad_v = (g.unflatten(1, (-1, group)).sum(2).transpose(1, 2) for g in grad_kv)
+    near = grad_q, grad_k[:, :tokens], grad_v[:, :tokens]
+    return *solution, near if len(leaves) == 3 else (*near, grad_k[:, tokens:], grad_v[:, tokens:])
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """A 16-bit product is one with float32 sums, rounded; on CPUs faster so."""
+    if left.is_cuda or left.dtype.itemsize > 2:
+        return left @ right
+    return (left.float() @ right.float()).to(left.dtype)
+
+
+def _heads_first(problem: Problem, leaves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, and all keys and values with the additional ones at the end, `[B, H, tokens, D]`."""
+    query, key, value = leaves[:3]
     if len(leaves) > 3:
         key, value = torch.cat([key, leaves[3]], 1), torch.cat([value, leaves[4]], 1)
     group = problem.heads // problem.heads_kv
-    key, value = (t.transpose(1, 2).repeat_interleave(group, 1) for t in (key, value))
-    scores = (query @ key.transpose(2, 3) * problem.scale).masked_fill(~visible[:, None], -torch.inf)
-    out = scores.softmax(3) @ value
-    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(3)
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    return (
+        query.transpose(1, 2),
+        key.transpose(1, 2).repeat_interleave(group, 1),
+        value.transpose(1, 2).repeat_interleave(group, 1),
+    )
 
 
 def truth_and_eager(
@@ -147,7 +196,7 @@ def truth_and_eager(
     """The answer in float64, and what plain PyTorch makes of it in the dtype of the inputs.
 
     float64 has no wider truth to be measured against; there, the second answer is the truth moved by
-    float32's error times the ratio of the two roundings.
+    four times float32's error times the ratio of the two roundings: the truth errs as much itself.
     """
 
     def solve(dtype: torch.dtype) -> Answer:
@@ -156,7 +205,8 @@ def truth_and_eager(
     truth, dtype = solve(torch.float64), inputs.query.dtype
     if dtype != torch.float64:
         return truth, solve(dtype)
-    single, ratio = solve(torch.float32), torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    single = solve(torch.float32)
+    ratio = 4 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     out, lse, *gradients = (
         there + (here.double() - there) * ratio
         for here, there in zip(

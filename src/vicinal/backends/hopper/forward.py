@@ -8,6 +8,8 @@ tiles overlap: with two warpgroups each also starts the scores of the next box b
 exponentiates those of this one; three are enough to fill each other's gaps.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,36 +18,49 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
 
-from vicinal.backends.hopper.softmax import Softmax, accumulator_layout, finish, probabilities_layout, scores_layout
+from vicinal.backends.hopper.mask import mask_of, place_code
+from vicinal.backends.hopper.softmax import (
+    FLOOR,
+    as_operand,
+    exponentiate,
+    finish,
+    hide,
+    output_layout,
+    per_row,
+    scores_layout,
+    start_scores,
+)
 from vicinal.backends.hopper.tile import (
-    code_of,
-    load_additional,
-    load_keys,
+    columns_of,
+    counts_of,
+    load_next,
     load_queries,
     next_box,
     next_slot,
-    penalties,
-    place_code,
-    query_place,
-    store_box,
     tile_of,
 )
 
 
-@aggregate
-class Ring:
+class Ring(NamedTuple):
     """Slots of shared memory for the boxes of one tensor, with a barrier for "full" and one for "free" each."""
 
-    slots: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    free: gl.shared_memory_descriptor
+    slots: Any
+    full: Any
+    free: Any
 
-    def __init__(self, slots, full, free):
-        self.slots = slots
-        self.full = full
-        self.free = free
+
+class Block(NamedTuple):
+    """What the warps of one block share."""
+
+    q_smem: Any
+    q_full: Any
+    k_ring: Any
+    v_ring: Any
+    code: Any
+    tile: Any
+    columns: Any
+    counts: Any
 
 
 @gluon.jit
@@ -57,3 +72,184 @@ def make_ring(desc, SLOTS: gl.constexpr, READERS: gl.constexpr):
         mbarrier.init(full.index(i), 1)
         mbarrier.init(free.index(i), READERS)
     return Ring(slots, full, free)
+
+
+@gluon.jit
+def producer(block, query, key, value, more_key, more_value, V: gl.constexpr):
+    """Load the queries, then every box of K and V in the order in which they are used."""
+    keys = block.k_ring
+    values = block.v_ring
+    tile = block.tile
+    boxes = block.counts[0]
+    slot = 0
+    phase = 0
+    t = 0
+    h = 0
+    w = 0
+    for i in range(boxes + block.counts[1]):
+        mbarrier.wait(keys.free.index(slot), phase ^ 1)
+        load_next(key, more_key, block.columns[1], block.columns[3], tile, boxes, i, t, h, w, keys.full.index(slot), keys.slots.index(slot), V)  # fmt: skip
+        if i == 0:
+            for number in gl.static_range(gl.constexpr(V.consumers)):
+                load_queries(query, block.columns[0], tile, block.q_full.index(number), block.q_smem.index(number), V, number)
+        mbarrier.wait(values.free.index(slot), phase ^ 1)
+        load_next(value, more_value, block.columns[2], block.columns[4], tile, boxes, i, t, h, w, values.full.index(slot), values.slots.index(slot), V)  # fmt: skip
+        t, h, w = next_box(t, h, w, tile)
+        slot, phase = next_slot(slot, phase, V.stages)
+
+
+@gluon.jit
+def walk_overlapped(q, mask, block, scale, V: gl.constexpr):
+    """Attention of one warpgroup, the scores of the next box under way while this one's are exponentiated."""
+    keys = block.k_ring
+    values = block.v_ring
+    tile = block.tile
+    counts = block.counts
+    n = counts[0] + counts[1]
+    dtype: gl.constexpr = values.slots.dtype
+    layout: gl.constexpr = scores_layout(V)
+    acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
+    peak = gl.full([64], FLOOR, gl.float32, gl.SliceLayout(1, layout))
+    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, layout))
+    t = 0
+    h = 0
+    w = 0
+    k_slot = 0
+    k_phase = 0
+    v_slot = 0
+    v_phase = 0
+    mbarrier.wait(keys.full.index(0), 0)
+    scores = start_scores(q, keys.slots.index(0), mask, block.code, t, h, w, True, V)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(keys.free.index(0))
+    scores = hide(scores, mask, t, h, w, True, 0, V)
+    weights, rescale, peak, total = exponentiate(scores, peak, total, scale)
+    p = as_operand(weights, dtype, V)
+    k_slot, k_phase = next_slot(k_slot, k_phase, V.stages)
+    mbarrier.wait(keys.full.index(k_slot), k_phase, pred=n > 1)
+    for i in range(1, n):
+        t, h, w = next_box(t, h, w, tile)
+        in_window = i < counts[0]
+        scores = start_scores(q, keys.slots.index(k_slot), mask, block.code, t, h, w, in_window, V)
+        mbarrier.wait(values.full.index(v_slot), v_phase)
+        out = warpgroup_mma(p, values.slots.index(v_slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        mbarrier.arrive(keys.free.index(k_slot))
+        scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
+        weights, rescale, peak, total = exponentiate(scores, peak, total, scale)
+        next_p = as_operand(weights, dtype, V)
+        k_slot, k_phase = next_slot(k_slot, k_phase, V.stages)
+        # Waiting for the next keys here, and not where they are used, keeps the assembler from
+        # moving the wait for `P V` up in front of the exponentials that it should overlap.
+        mbarrier.wait(keys.full.index(k_slot), k_phase, pred=i + 1 < n)
+        acc, p = warpgroup_mma_wait(0, deps=[out, next_p])
+        mbarrier.arrive(values.free.index(v_slot))
+        acc = acc * per_row(rescale, V)
+        v_slot, v_phase = next_slot(v_slot, v_phase, V.stages)
+    mbarrier.wait(values.full.index(v_slot), v_phase)
+    out = warpgroup_mma(p, values.slots.index(v_slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[out])
+    return acc, peak, total
+
+
+@gluon.jit
+def walk(q, mask, block, scale, V: gl.constexpr):
+    """Attention of one warpgroup, one box after another; other warpgroups fill the gaps."""
+    keys = block.k_ring
+    values = block.v_ring
+    tile = block.tile
+    counts = block.counts
+    dtype: gl.constexpr = values.slots.dtype
+    layout: gl.constexpr = scores_layout(V)
+    acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
+    peak = gl.full([64], FLOOR, gl.float32, gl.SliceLayout(1, layout))
+    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, layout))
+    t = 0
+    h = 0
+    w = 0
+    slot = 0
+    phase = 0
+    for i in range(counts[0] + counts[1]):
+        in_window = i < counts[0]
+        mbarrier.wait(keys.full.index(slot), phase)
+        scores = start_scores(q, keys.slots.index(slot), mask, block.code, t, h, w, in_window, V)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(keys.free.index(slot))
+        scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
+        weights, rescale, peak, total = exponentiate(scores, peak, total, scale)
+        p = as_operand(weights, dtype, V)
+        acc = acc * per_row(rescale, V)
+        mbarrier.wait(values.full.index(slot), phase)
+        out = warpgroup_mma(p, values.slots.index(slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
+        t, h, w = next_box(t, h, w, tile)
+        acc = warpgroup_mma_wait(0, deps=[out])
+        mbarrier.arrive(values.free.index(slot))
+        slot, phase = next_slot(slot, phase, V.stages)
+    return acc, peak, total
+
+
+@gluon.jit
+def consumer(number: gl.constexpr, block, out, lse, axes, heads, scale, V: gl.constexpr):
+    """Attention of warpgroup `number`, from its queries to its outputs."""
+    mask = mask_of(block.tile, axes, scores_layout(V), V, number)
+    smem = block.q_smem.index(number)
+    q = smem.reshape([64, V.head_dim])
+    mbarrier.wait(block.q_full.index(number), 0)
+    if V.overlaps:
+        acc, peak, total = walk_overlapped(q, mask, block, scale, V)
+    else:
+        acc, peak, total = walk(q, mask, block, scale, V)
+    finish(acc, peak, total, out, lse, smem, block.tile, axes, block.columns[5], heads, V, number)
+
+
+@gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "scale"])
+def forward(
+    query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, heads_per_key, additional, scale,
+    V: gl.constexpr,
+):  # fmt: skip
+    """One block: one tile of queries of one head.
+
+    Args:
+        query, key, value, out: tensor maps, boxes `[1, t, h, w, D]`.
+        more_key, more_value: tensor maps of the additional keys and values, boxes `[1, 1, 1, keys, D]`.
+        lse: `[B, *S, H]`.
+        lengths: how many additional keys count, `[B]`, or null for all.
+        axes: an `AxisArgs` each.
+        steps: a `StepArgs` for each of query, key, value, out, more_key and more_value.
+        heads, heads_per_key, additional: counts.
+        scale: multiplies the scores, times log2(e).
+        V: the `Variant`.
+    """
+    tile = tile_of(axes, V)
+    counts = counts_of(tile, lengths, additional, V)
+    columns = columns_of(tile, steps, heads_per_key, V)
+    q_smem = gl.allocate_shared_memory(query.dtype, [V.consumers] + query.block_type.shape, query.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [V.consumers, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(gl.constexpr(V.consumers)):
+        mbarrier.init(q_full.index(i), 1)
+    keys = make_ring(key, V.stages, V.consumers)
+    values = make_ring(value, V.stages, V.consumers)
+    code = place_code(V, 4) if V.mask == "coded" else 0
+    fence_async_shared()
+    block = Block(q_smem, q_full, keys, values, code, tile, columns, counts)
+    if V.consumers == 2:
+        gl.warp_specialize(
+            [
+                (consumer, (0, block, out, lse, axes, heads, scale, V)),
+                (consumer, (1, block, out, lse, axes, heads, scale, V)),
+                (producer, (block, query, key, value, more_key, more_value, V)),
+            ],
+            [4, 1],
+            [V.registers, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, block, out, lse, axes, heads, scale, V)),
+                (consumer, (1, block, out, lse, axes, heads, scale, V)),
+                (consumer, (2, block, out, lse, axes, heads, scale, V)),
+                (producer, (block, query, key, value, more_key, more_value, V)),
+            ],
+            [4, 4, 1],
+            [V.registers, V.registers, 24],
+        )

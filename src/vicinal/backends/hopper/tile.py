@@ -4,76 +4,43 @@ Everything here answers one question about one tile. `Span` is the device's copy
 is computed from a few integers instead of being read from memory, and a test holds the two equal.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.language.core import _aggregate as aggregate
 
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.9
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-NEVER = gl.constexpr(-(2.0**100))
-"""What hides a score: far below any other, and a power of two, so that sums of a few cancel exactly."""
-
-FLOOR = gl.constexpr(-1e20)
-"""Lower bound of the running maximum, so that a row whose keys are all hidden so far stays finite."""
-
-LN2 = gl.constexpr(0.6931471805599453)
 
 
 # ---- where a tile is -------------------------------------------------------------------------
 
 
-@aggregate
-class Span:
+class Span(NamedTuple):
     """One query tile along one axis, and the KV boxes that it visits; positions count members of its group.
 
     A tensor map sees member `m` of dilation group `group` at coordinate `m + shift` of a map that
     begins `residue` tokens after its base, see `launch.tensor_map`.
     """
 
-    first: gl.tensor
-    members: gl.tensor
-    origin: gl.tensor
-    visited: gl.tensor
-    residue: gl.tensor
-    shift: gl.tensor
-
-    def __init__(self, first, members, origin, visited, residue, shift):
-        self.first = first
-        self.members = members
-        self.origin = origin
-        self.visited = visited
-        self.residue = residue
-        self.shift = shift
+    first: Any
+    members: Any
+    origin: Any
+    visited: Any
+    group: Any
+    residue: Any
+    shift: Any
 
 
-@aggregate
-class Tile:
+class Tile(NamedTuple):
     """The query tile of one block."""
 
-    batch: gl.tensor
-    head: gl.tensor
-    t: Span
-    h: Span
-    w: Span
-
-    def __init__(self, batch, head, t, h, w):
-        self.batch = batch
-        self.head = head
-        self.t = t
-        self.h = h
-        self.w = w
-
-    @gluon.jit
-    def boxes(self):
-        """KV boxes to visit; 0 if the tile lies past the end of a short dilation group."""
-        return self.t.visited * self.h.visited * self.w.visited
-
-    @gluon.jit
-    def column(self, head, steps):
-        """Where the tile's head and dilation groups begin, in elements: the innermost coordinate."""
-        return head * steps.head + self.t.residue * steps.t + self.h.residue * steps.h + self.w.residue * steps.w
+    batch: Any
+    head: Any
+    t: Any
+    h: Any
+    w: Any
 
 
 @gluon.jit
@@ -97,9 +64,14 @@ def window_stop(member, members, axis):
 
 @gluon.jit
 def span_of(index, axis, Q: gl.constexpr, K: gl.constexpr):
-    """The span of query tile `index`, for tiles of `Q` queries and `K` keys."""
+    """The span of query tile `index`, for tiles of `Q` queries and `K` keys.
+
+    Groups that are one member short may have a last tile without queries: it computes, and all that
+    it stores is clipped.
+    """
     tile = index
     members = axis.length
+    group = index * 0
     residue = index * 0
     shift = index * 0
     if axis.dilation > 1:
@@ -113,7 +85,7 @@ def span_of(index, axis, Q: gl.constexpr, K: gl.constexpr):
     last = gl.minimum(first + Q, members) - 1
     origin = window_start(first, members, axis)
     visited = (window_stop(last, members, axis) - origin + K - 1) // K
-    return Span(first, members, origin, gl.where(first < members, visited, 0), residue, shift)
+    return Span(first, members, origin, visited, group, residue, shift)
 
 
 @gluon.jit
@@ -131,6 +103,34 @@ def tile_of(axes, V: gl.constexpr):
         span_of(h, axes[1], V.q_tile[1], V.kv_box[1]),
         span_of(rest - h * w_tiles, axes[2], V.q_tile[2], V.kv_box[2]),
     )
+
+
+@gluon.jit
+def counts_of(tile, lengths, additional, V: gl.constexpr):
+    """KV boxes inside the windows, tiles of additional keys after them, and the additional keys that count."""
+    boxes = tile.t.visited * tile.h.visited * tile.w.visited
+    if V.has_additional:
+        valid = additional
+        if lengths.to(gl.int64) != 0:
+            valid = gl.minimum(gl.maximum(gl.load(lengths + tile.batch), 0), additional)
+        return boxes, (valid + V.keys - 1) // V.keys, valid
+    else:
+        return boxes, boxes * 0, boxes * 0
+
+
+@gluon.jit
+def column(tile, head, steps):
+    """Where a head and the tile's dilation groups begin, in elements: the innermost coordinate."""
+    return head * steps.head + tile.t.residue * steps.t + tile.h.residue * steps.h + tile.w.residue * steps.w
+
+
+@gluon.jit
+def columns_of(tile, steps, heads_per_key, V: gl.constexpr):
+    """Innermost coordinates of the tile in query, key, value, more_key, more_value and out."""
+    head = tile.head // heads_per_key
+    q = column(tile, tile.head, steps[0])
+    o = column(tile, tile.head, steps[3])
+    return q, column(tile, head, steps[1]), column(tile, head, steps[2]), head * steps[4].head, head * steps[5].head, o
 
 
 @gluon.jit
@@ -196,163 +196,13 @@ def load_additional(desc, column, tile, number, barrier, smem, V: gl.constexpr):
     load_box(desc, [tile.batch, 0, 0, number * V.keys, column], barrier, flat)
 
 
-# ---- the mask --------------------------------------------------------------------------------
-
-
 @gluon.jit
-def row_window(row, span, axis):
-    """Window of row `row` of a query tile, relative to the span's origin: start and length."""
-    member = gl.minimum(span.first + row, span.members - 1)
-    start = window_start(member, span.members, axis)
-    return start - span.origin, window_stop(member, span.members, axis) - start
-
-
-@gluon.jit
-def row_windows(rows, tile, axes, V: gl.constexpr, consumer: gl.constexpr):
-    """Windows of the rows of one warpgroup: start and length on each axis."""
-    t = rows // (V.box[1] * V.box[2]) + (consumer * V.box[0] if V.stack == 0 else 0)
-    h = rows // V.box[2] % V.box[1] + (consumer * V.box[1] if V.stack == 1 else 0)
-    w = rows % V.box[2] + (consumer * V.box[2] if V.stack == 2 else 0)
-    t_start, t_size = row_window(t, tile.t, axes[0])
-    h_start, h_size = row_window(h, tile.h, axes[1])
-    w_start, w_size = row_window(w, tile.w, axes[2])
-    return t_start, t_size, h_start, h_size, w_start, w_size
-
-
-@gluon.jit
-def sees(place, size):
-    """0 <= place < size, in one comparison."""
-    return place.to(gl.uint32, bitcast=True) < size.to(gl.uint32, bitcast=True)
-
-
-@aggregate
-class Code:
-    """The mask on the tensor core: scores + P @ E hides what a row must not see.
-
-    A key at place (t, h, w) of its box is hidden from a row if it is outside the row's window on
-    some axis. That is a sum over axes of functions of one place, so it is a product of two thin
-    matrices: `E [code, keys]` marks each key's places with ones, and is the same for every box;
-    `P [rows, code]` holds 0 for places inside the row's window and `NEVER` for those outside.
-    One extra matrix instruction takes the place of dozens of selects per thread, and what it adds
-    to a visible score is exactly zero.
-
-    The reduced code drops the last place of every axis: one constant column carries their sum, and
-    the other columns the differences to it.
-
-    `place` and `last` are a column's place, and the last place of its axis, relative to the start
-    of the row's window; `size` is the length of that window. The `*_last` are `last` by axis.
-    """
-
-    place: gl.tensor
-    last: gl.tensor
-    size: gl.tensor
-    t_last: gl.tensor
-    t_size: gl.tensor
-    h_last: gl.tensor
-    h_size: gl.tensor
-    w_last: gl.tensor
-    w_size: gl.tensor
-
-    def __init__(self, place, last, size, t_last, t_size, h_last, h_size, w_last, w_size):
-        self.place = place
-        self.last = last
-        self.size = size
-        self.t_last = t_last
-        self.t_size = t_size
-        self.h_last = h_last
-        self.h_size = h_size
-        self.w_last = w_last
-        self.w_size = w_size
-
-
-@gluon.jit
-def code_columns(columns, V: gl.constexpr):
-    """Of each column of the code: whether it is the last axis', the middle one's, the first one's; and its place."""
-    W: gl.constexpr = code_places(V, 2)
-    H: gl.constexpr = code_places(V, 1)
-    T: gl.constexpr = code_places(V, 0)
-    is_w = columns < W
-    is_h = (columns >= W) & (columns < W + H)
-    is_t = (columns >= W + H) & (columns < W + H + T)
-    place = columns - gl.where(is_w, 0, gl.where(is_h, W, W + H))
-    return is_t, is_h, is_w, place
-
-
-@gluon.constexpr_function
-def code_places(V, axis):
-    """Columns of one axis; an axis that the grid lacks hides nothing."""
-    n = V.kv_box[axis] if axis >= 3 - V.rank else 0
-    if n == 0:
-        return 0
-    return n - 1 if V.code_is_reduced else n
-
-
-@gluon.jit
-def code_of(tile, axes, layout: gl.constexpr, V: gl.constexpr, consumer: gl.constexpr):
-    """The code `P` of one warpgroup, up to the box's number."""
-    rows = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, layout)), 1)
-    columns = gl.expand_dims(gl.arange(0, V.code_width, layout=gl.SliceLayout(0, layout)), 0)
-    t0, tn, h0, hn, w0, wn = row_windows(rows, tile, axes, V, consumer)
-    is_t, is_h, is_w, place = code_columns(columns, V)
-    start = gl.where(is_w, w0, gl.where(is_h, h0, t0))
-    size = gl.where(is_w, wn, gl.where(is_h, hn, tn))
-    size = gl.where(is_w | is_h | is_t, size, 0x7FFFFFFF)
-    start = gl.where(is_w | is_h | is_t, start, 0)
-    last = gl.where(is_w, V.kv_box[2] - 1, gl.where(is_h, V.kv_box[1] - 1, V.kv_box[0] - 1)) - start
-    return Code(
-        place - start,
-        last,
-        size,
-        V.kv_box[0] - 1 - t0,
-        tn,
-        V.kv_box[1] - 1 - h0,
-        hn,
-        V.kv_box[2] - 1 - w0,
-        wn,
-    )
-
-
-@gluon.jit
-def hidden(place, size):
-    """`NEVER` where a place is outside the window, else 0."""
-    return gl.where(sees(place, size), 0.0, NEVER)
-
-
-@gluon.jit
-def penalties(code, t, h, w, layout: gl.constexpr, V: gl.constexpr):
-    """`P [64, code]` for box `(t, h, w)`."""
-    columns = gl.expand_dims(gl.arange(0, V.code_width, layout=gl.SliceLayout(0, layout)), 0)
-    is_t, is_h, is_w, _ = code_columns(columns, V)
-    t_keys = t * V.kv_box[0]
-    h_keys = h * V.kv_box[1]
-    w_keys = w * V.kv_box[2]
-    past = gl.where(is_w, w_keys, gl.where(is_h, h_keys, t_keys))
-    p = hidden(code.place + past, code.size)
-    if V.code_is_reduced:
-        shared = (
-            hidden(code.t_last + t_keys, code.t_size)
-            + hidden(code.h_last + h_keys, code.h_size)
-            + hidden(code.w_last + w_keys, code.w_size)
-        )
-        p = gl.where(is_w | is_h | is_t, p - hidden(code.last + past, code.size), shared)
-    return p.to(gl.bfloat16)
-
-
-@gluon.jit
-def place_code(V: gl.constexpr, WARPS: gl.constexpr):
-    """`E`, in shared memory and transposed: `[keys, code]`, ones where a column is a key's place."""
-    WIDTH: gl.constexpr = V.code_width
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
-    keys = gl.expand_dims(gl.arange(0, V.keys, layout=gl.SliceLayout(1, layout)), 1)
-    columns = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout)), 0)
-    is_t, is_h, is_w, place = code_columns(columns, V)
-    t = keys // (V.kv_box[1] * V.kv_box[2])
-    h = keys // V.kv_box[2] % V.kv_box[1]
-    w = keys % V.kv_box[2]
-    marked = (is_w & (place == w)) | (is_h & (place == h)) | (is_t & (place == t))
-    if V.code_is_reduced:
-        marked = marked | (columns == code_places(V, 0) + code_places(V, 1) + code_places(V, 2))
-    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * WIDTH, element_bitwidth=16, rank=2)
-    code = gl.allocate_shared_memory(gl.bfloat16, [V.keys, WIDTH], shared)
-    code.store(gl.where(marked, 1.0, 0.0).to(gl.bfloat16))
-    return code
+def load_next(desc, more, column, more_column, tile, boxes, i, t, h, w, barrier, smem, V: gl.constexpr):
+    """Start to load the `i`-th tile of keys or values: box `(t, h, w)`, or additional ones after the last box."""
+    if V.has_additional:
+        if i < boxes:
+            load_keys(desc, column, tile, t, h, w, barrier, smem, V)
+        else:
+            load_additional(more, more_column, tile, i - boxes, barrier, smem, V)
+    else:
+        load_keys(desc, column, tile, t, h, w, barrier, smem, V)

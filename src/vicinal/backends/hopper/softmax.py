@@ -1,0 +1,101 @@
+"""What the forward kernels share on the way from scores to outputs: layouts, online softmax, the epilogue."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
+
+from vicinal.backends.hopper.mask import penalties, select, select_valid
+from vicinal.backends.hopper.tile import query_place, store_box
+
+FLOOR = gl.constexpr(-1e20)
+"""Lower bound of the running maximum, so that a row whose keys are all hidden so far stays finite."""
+
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.constexpr_function
+def scores_layout(V):
+    """`[64, keys]` in the accumulators of one warpgroup."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, V.keys, 16])
+
+
+@gluon.constexpr_function
+def output_layout(V):
+    """`[64, D]` in the accumulators of one warpgroup."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, V.head_dim, 16])
+
+
+@gluon.jit
+def start_scores(q, k, mask, code, t, h, w, in_window, V: gl.constexpr):
+    """Start `Q K^T` plus the coded mask of box `(t, h, w)`. The mask comes first: its terms cancel to an exact 0."""
+    layout: gl.constexpr = scores_layout(V)
+    nothing = gl.full([64, V.keys], 0.0, gl.float32, layout)
+    keys = k.reshape([V.keys, V.head_dim]).permute([1, 0])
+    if V.mask == "coded":
+        p = penalties(mask, t, h, w, gl.DotOperandLayout(0, layout, 2), V)
+        if V.has_additional:
+            p = gl.where(in_window, p, 0.0)
+        scores = warpgroup_mma(p, code.permute([1, 0]), nothing, use_acc=False, is_async=True)
+        return warpgroup_mma(q, keys, scores, is_async=True)
+    else:
+        return warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def hide(scores, mask, t, h, w, in_window, valid, V: gl.constexpr):
+    """Masks that are not on the tensor core: windows by selects, and the end of the additional keys."""
+    layout: gl.constexpr = scores_layout(V)
+    if V.mask == "select":
+        if V.has_additional:
+            if in_window:
+                scores = select(scores, mask, t, h, w, layout, V)
+        else:
+            scores = select(scores, mask, t, h, w, layout, V)
+    if V.has_additional:
+        if not in_window:
+            scores = select_valid(scores, valid, layout, V)
+    return scores
+
+
+@gluon.jit
+def exponentiate(scores, peak, total, scale):
+    """One step of the online softmax, in powers of two.
+
+    Returns the weights, the factor that rescales what was summed before, the new running maximum
+    and the new running sum.
+    """
+    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
+    rescale = gl.exp2(peak - new_peak)
+    weights = gl.exp2(scores * scale - gl.expand_dims(new_peak, 1))
+    return weights, rescale, new_peak, total * rescale + gl.sum(weights, 1)
+
+
+@gluon.jit
+def as_operand(weights, dtype: gl.constexpr, V: gl.constexpr):
+    """Weights as the left operand of `P V`: the same registers, rounded."""
+    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, output_layout(V), 2))
+
+
+@gluon.jit
+def per_row(x, V: gl.constexpr):
+    """One value per row, spread over the output."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, output_layout(V))), 1)
+
+
+@gluon.jit
+def finish(acc, peak, total, desc, lse, smem, tile, axes, column, heads, V: gl.constexpr, consumer: gl.constexpr):
+    """Write the outputs, through shared memory, and the log-sum-exps of one warpgroup."""
+    q = smem.reshape([64, V.head_dim])
+    q.store((acc * per_row(1.0 / total, V)).to(desc.dtype))
+    fence_async_shared()
+    store_box(desc, query_place(tile, column, V, consumer), smem)
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, scores_layout(V)))
+    t = tile.t.first + rows // (V.box[1] * V.box[2]) + (consumer * V.box[0] if V.stack == 0 else 0)
+    h = tile.h.first + rows // V.box[2] % V.box[1] + (consumer * V.box[1] if V.stack == 1 else 0)
+    w = tile.w.first + rows % V.box[2] + (consumer * V.box[2] if V.stack == 2 else 0)
+    exists = (t < tile.t.members) & (h < tile.h.members) & (w < tile.w.members)
+    token = tile.batch.to(gl.int64) * axes[0].length + tile.t.group + t * axes[0].dilation
+    token = token * axes[1].length + tile.h.group + h * axes[1].dilation
+    token = token * axes[2].length + tile.w.group + w * axes[2].dilation
+    gl.store(lse + token * heads + tile.head, (peak + gl.log2(total)) * LN2, mask=exists)
+    tma.store_wait(0)
