@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-STRENGTH = 1.6
+STRENGTH = 1.4
 """Filter strength, in units of the noise's standard deviation, if patches are compared by principal components."""
 
 STRENGTH_WHOLE = 0.9
@@ -52,8 +52,8 @@ def denoise(
     *,
     sigma: float | None = None,
     h: float | None = None,
-    patch_size: int | Sequence[int] = 5,
-    patch_distance: int | Sequence[int] = 8,
+    patch_size: int | Sequence[int] | None = None,
+    patch_distance: int | Sequence[int] | None = None,
     components: int | None = 15,
     channel_axis: int | None = None,
     backend: str | None = None,
@@ -66,8 +66,8 @@ def denoise(
     *,
     sigma: float | None = None,
     h: float | None = None,
-    patch_size: int | Sequence[int] = 5,
-    patch_distance: int | Sequence[int] = 8,
+    patch_size: int | Sequence[int] | None = None,
+    patch_distance: int | Sequence[int] | None = None,
     components: int | None = 15,
     channel_axis: int | None = None,
     backend: str | None = None,
@@ -79,8 +79,8 @@ def denoise(
     *,
     sigma: float | None = None,
     h: float | None = None,
-    patch_size: int | Sequence[int] = 5,
-    patch_distance: int | Sequence[int] = 8,
+    patch_size: int | Sequence[int] | None = None,
+    patch_distance: int | Sequence[int] | None = None,
     components: int | None = 15,
     channel_axis: int | None = None,
     backend: str | None = None,
@@ -112,11 +112,12 @@ def denoise(
             NumPy array or tensor. Integers count as fractions of the largest of their type (255 is 1).
         sigma: standard deviation of the noise, in units of (converted) pixels. `None`: `estimate_sigma`. 0: plain
             weights, for which `h` must be given.
-        h: filter strength, in the same units: larger is smoother. `None`: `1.6 * sigma`, or `0.9 * sigma` for
+        h: filter strength, in the same units: larger is smoother. `None`: `1.4 * sigma`, or `0.9 * sigma` for
             whole patches. Weights lose digits below about a thousandth of the picture's range.
-        patch_size: pixels along each side of a patch, odd; one number, or one per axis.
+        patch_size: pixels along each side of a patch, odd; one number, or one per axis. `None`: 5, or 3 for
+            volumes, and less along axes too thin for that.
         patch_distance: pixels from the centre of the search window to its edge, so that the window
-            holds `2 * patch_distance + 1`; one number, or one per axis.
+            holds `2 * patch_distance + 1`; one number, or one per axis. `None`: 8, or 4 for volumes.
         components: principal components by which patches are compared. `None` compares whole patches.
         channel_axis: the axis of colours, if there is one.
         backend: as for `neighborhood_attention`.
@@ -140,6 +141,8 @@ def denoise(
     pixels, restore = _pixels(image, channel_axis)  # [C, *S]
     shape = tuple(pixels.shape[1:])
     patch = _odd(patch_size, shape)
+    if patch_distance is None:
+        patch_distance = 4 if len(shape) == 3 else 8
     reach = canonical(patch_distance, len(shape), "patch_distance")
     if min(reach) < 0:
         raise InvalidProblem(f"patch_distance must not be negative, got {patch_distance}")
@@ -368,7 +371,9 @@ def _pixels(image: Any, channel_axis: int | None) -> tuple[Tensor, Callable[[Ten
     return (tensor[None] if channel_axis is None else tensor.movedim(channel_axis, 0)).contiguous(), restore
 
 
-def _odd(patch_size: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _odd(patch_size: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if patch_size is None:
+        return tuple(min(3 if len(shape) == 3 else 5, 2 * length - 1) for length in shape)
     patch = canonical(patch_size, len(shape), "patch_size")
     for side, length in zip(patch, shape, strict=True):
         if side < 1 or side % 2 == 0:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, TypeVar, Union
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from vicinal import ops
-from vicinal.errors import InvalidProblem
+from vicinal import flops, ops
+from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
@@ -142,6 +143,8 @@ def attention_with_lse(
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
         names = ("additional_keys", "additional_values", "additional_lengths")
         Problem.of(query, key, value, **settings, scale=scale, **dict(zip(names, extra, strict=True)))
+        _refuse_tangents(query, key, value, additional_keys, additional_values)
+        flops.ensure_registered()
     rank = query.ndim - 3
     query, key, value, *floats = _autocast(query, key, value, additional_keys, additional_values)
     out, lse = ops.attention(
@@ -284,6 +287,15 @@ na3d = _natten(3, "5, 6, 8")
 
 def _each(value: Any, rank: int) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value] * rank
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode derivatives would silently come out as zero: PyTorch has no rule for them in custom operators."""
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise Unsupported(
+            "forward-mode derivatives (jvp) of neighborhood attention are not offered; use reverse mode, "
+            "torch.autograd.grad or torch.func.vjp"
+        )
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,11 @@ class Image:
     has_channels: bool = False
     alpha: NDArray[Any] | None = None
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def pages(self) -> int:
+        """Pictures of the stack; 1 for a single one."""
+        return self.pixels.shape[0] if self.pixels.ndim == 3 + self.has_channels else 1
 
     @property
     def channel_axis(self) -> int | None:
@@ -111,9 +117,8 @@ def write_image(path: str | Path, image: Image) -> None:
         Unsupported: if a package that writes this format is not installed.
     """
     path = Path(path)
-    suffix = _suffix(path, "output")
-    check_output(path)
-    pixels = image.pixels
+    check_output(path, image)
+    suffix, pixels = _suffix(path, "output"), image.pixels
     if suffix in (".nii", ".nii.gz"):
         _write_nifti(path, image)
     elif suffix == ".npy":
@@ -127,19 +132,43 @@ def write_image(path: str | Path, image: Image) -> None:
         _write_picture(path, suffix, image)
 
 
-def check_output(path: str | Path) -> None:
+def check_output(path: str | Path, image: Image | None = None) -> None:
     """Refuse a path that cannot be written, before anything expensive is computed.
 
     Raises:
-        InvalidProblem: if it is a folder, or its folder is missing or closed to us.
+        InvalidProblem: if its suffix is unknown, it is a folder, its folder is missing or closed to us, or the format
+            cannot hold such an image.
+        Unsupported: if a package that writes this format is not installed.
     """
     path = Path(path)
+    suffix = _suffix(path, "output")
     if path.is_dir():
         raise InvalidProblem(f"output must be a file, got the folder {str(path)!r}")
     if not path.parent.is_dir():
         raise InvalidProblem(f"output must lie in a folder that exists, got {str(path)!r}; make {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):
         raise InvalidProblem(f"output must lie in a folder that we may write to, got {str(path)!r}")
+    if suffix in (".nii", ".nii.gz"):
+        _nibabel()
+    if image is not None:
+        _check_holds(path.name, suffix, image)
+
+
+def _check_holds(name: str, suffix: str, image: Image) -> None:
+    kind, is_tiff = str(image.pixels.dtype), suffix in (".tif", ".tiff")
+    if suffix == ".npy":
+        return
+    if suffix in (".nii", ".nii.gz"):
+        if image.has_channels:
+            raise InvalidProblem(f"output must be .npy or a picture to hold colours, got {name!r}")
+        return
+    if image.pages > 1 and not is_tiff:
+        raise InvalidProblem(f"output must end in .tif, .npy or .nii to hold a stack of {image.pages}, got {name!r}")
+    if image.has_channels and kind != "uint8":
+        raise InvalidProblem(f"output must end in .npy to hold colours of {kind}, got {name!r}")
+    holds = {"uint8"} | ({"uint16"} if suffix == ".png" else set()) | ({"uint16", "int32", "float32"} if is_tiff else set())
+    if kind not in holds:
+        raise InvalidProblem(f"output must end in {'.npy' if is_tiff else '.tif or .npy'} to hold {kind}, got {name!r}")
 
 
 def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -234,7 +263,9 @@ def _read_picture(path: Path, limit: int) -> Image:
     pillow = _pillow()
     # Pillow guards against bombs by its own limit on pixels, and warns below it; ours is the memory there is.
     try:
-        with pillow.Image.open(path) as file:
+        with warnings.catch_warnings(action="ignore", category=pillow.Image.DecompressionBombWarning):
+            file = pillow.Image.open(path)
+        with file:
             frames = getattr(file, "n_frames", 1)
             _refuse_if_large(path, frames * file.width * file.height * (1 if file.mode in _GRAY else 3), limit)
             extras = {key: file.info[key] for key in ("icc_profile", "dpi") if key in file.info}
@@ -275,18 +306,7 @@ def _write_picture(path: Path, suffix: str, image: Image) -> None:
 
     pillow = _pillow()
     pixels = image.pixels
-    pages = pixels if pixels.ndim == 3 + image.has_channels else pixels[None]
-    if len(pages) > 1 and suffix not in (".tif", ".tiff"):
-        raise InvalidProblem(
-            f"output must end in .tif, .tiff, .npy or .nii to hold a stack of {len(pages)}, got {path.name!r}"
-        )
-    is_deep = pixels.dtype.kind == "f" or pixels.dtype.itemsize > 2
-    if image.has_channels and pixels.dtype != np.uint8:
-        raise InvalidProblem(f"output must end in .npy to hold colours of {pixels.dtype}, got {path.name!r}")
-    if (is_deep and suffix not in (".tif", ".tiff")) or (
-        pixels.dtype != np.uint8 and suffix not in (".tif", ".tiff", ".png")
-    ):
-        raise InvalidProblem(f"output must end in .tif or .npy to hold {pixels.dtype}, got {path.name!r}")
+    pages = pixels if image.pages > 1 else pixels.reshape(pixels.shape[-2 - image.has_channels :])[None]
     files = [pillow.Image.fromarray(np.ascontiguousarray(page)) for page in pages]
     if image.alpha is not None and suffix in (".png", ".webp", ".tif", ".tiff") and pixels.dtype == np.uint8:
         files[0].putalpha(pillow.Image.fromarray(image.alpha))
@@ -351,8 +371,6 @@ def _write_nifti(path: Path, image: Image) -> None:
     nibabel = _nibabel()
     import numpy as np
 
-    if image.has_channels:
-        raise InvalidProblem(f"output must end in .npy or a picture's suffix to hold colours, got {path.name!r}")
     volume = nibabel.Nifti1Image(image.pixels.astype(np.float32), image.extras.get("affine", np.eye(4)))
     with _scratch(path, ".nii.gz" if path.name.lower().endswith(".gz") else ".nii") as scratch:
         nibabel.save(volume, scratch)

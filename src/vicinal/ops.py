@@ -6,19 +6,17 @@ the same caches, so that compiled, exported and eager calls share one plan and o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vicinal import backends
 from vicinal.backends.base import Backend, Inputs, Output
 from vicinal.errors import Unsupported
 from vicinal.plan import Plan, make_plan
-from vicinal.problem import Problem, make_axes
+from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
 
@@ -160,24 +158,3 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
 
 
 attention_backward.register_autograd(_no_second_derivative)
-
-
-def _pairs(shape: Sequence[int], extra: Sequence[int] | None, settings: Sequence[Any]) -> int:
-    """(query, key) pairs of all batch rows and heads."""
-    axes = make_axes(tuple(shape[1:-2]), *(list(setting) for setting in settings[:4]))
-    tokens = math.prod(shape[1:-2])
-    inside = math.prod(axis.pairs for axis in axes) + (tokens * extra[1] if extra else 0)
-    return shape[0] * shape[-2] * inside
-
-
-@register_flop_formula(torch.ops.vicinal.attention)
-def _flops(query: Any, key: Any, value: Any, extra: Any, _values: Any, _lengths: Any, *settings: Any, **_: Any) -> int:
-    """Two products, over the pairs inside windows only."""
-    return 2 * _pairs(query, extra, settings) * (query[-1] + value[-1])
-
-
-@register_flop_formula(torch.ops.vicinal.attention_backward)
-def _backward_flops(_do: Any, _dlse: Any, _o: Any, _l: Any, query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
-    """Five products: the scores again, and four gradients."""
-    extra, _values, _lengths, *settings = rest
-    return 2 * _pairs(query, extra, settings) * (3 * query[-1] + 2 * value[-1])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import inf, lcm, log, prod
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from vicinal._tuples import canonical, ceil_div
 from vicinal.errors import InvalidProblem
@@ -110,12 +110,14 @@ def suggest(
     grid = canonical(tuple(grid), len(tuple(grid)), "grid")
     # No window leaves out more than all keys but one.
     wanted = min(_wanted(sparsity, speedup), float(prod(grid)))
-    if not isinstance(count, int) or count < 1:
-        raise InvalidProblem(f"count must be an integer of at least 1, got {count!r}")
+    if count < 1:
+        raise InvalidProblem(f"count must be at least 1, got {count}")
     fields = {"batch": batch, "heads": heads, "head_dim": head_dim, "dtype": dtype}
     Problem.grid(grid, 1, **fields)  # Refuses what no window could mend.
     hardware.peak(dtype)
     tried = tuple(_tilings(grid, hardware, head_dim, FLOATS[dtype]) if tilings is None else tilings)
+    if not tried:
+        raise InvalidProblem("tilings must hold at least one tiling, got none; leave it out to try the usual ones")
     for tiling in tried:
         make_plan(Problem.grid(grid, 1, **fields), tiling)
     found = [
@@ -128,23 +130,22 @@ def suggest(
 
 def _wanted(sparsity: float | None, speedup: float | None) -> float:
     """The wish as a factor over dense attention."""
-    if (sparsity is None) == (speedup is None):
-        given = "neither" if sparsity is None else f"sparsity={sparsity} and speedup={speedup}"
-        raise InvalidProblem(f"give either sparsity (such as 0.9) or speedup (such as 8.0), got {given}")
-    if sparsity is not None:
+    if sparsity is None and speedup is not None:
+        if not 1 <= speedup < inf:
+            raise InvalidProblem(
+                f"speedup must be at least 1, as a factor over dense attention, got {speedup}; "
+                f"for a share of pairs to leave out use sparsity="
+            )
+        return speedup
+    if sparsity is not None and speedup is None:
         if not 0 <= sparsity < 1:
             raise InvalidProblem(
                 f"sparsity must lie in [0, 1), as a share of pairs to leave out, got {sparsity}; "
                 f"for a factor over dense attention use speedup="
             )
         return 1 / (1 - sparsity)
-    assert speedup is not None
-    if not 1 <= speedup < inf:
-        raise InvalidProblem(
-            f"speedup must be at least 1, as a factor over dense attention, got {speedup}; "
-            f"for a share of pairs to leave out use sparsity="
-        )
-    return speedup
+    given = "neither" if sparsity is None else "both"
+    raise InvalidProblem(f"give either sparsity (such as 0.9) or speedup (such as 8.0), got {given}")
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def _tilings(grid: tuple[int, ...], hardware: Hardware, head_dim: int, itemsize:
 
 
 def _volumes(hardware: Hardware, head_dim: int, itemsize: int) -> tuple[int, int]:
-    """Tokens per query and KV tile: a query tile and two KV tiles in flight (keys and values) fit into shared memory."""
+    """Tokens per query tile and KV tile: one of queries and two of keys and values fit into shared memory."""
     for q_volume, kv_volume in ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (32, 16)):
         if (q_volume + 2 * 2 * kv_volume) * head_dim * itemsize <= hardware.smem_bytes:
             return q_volume, kv_volume
@@ -314,4 +315,52 @@ def _row(estimate: Estimate) -> tuple[str, ...]:
         f"{estimate.speedup.flop_wise:.2f}x",
         readable_time(estimate.time_s),
         "block-sparse" if estimate.is_perfect else "",
+    )
+
+
+def sweep(
+    grid: Sequence[int],
+    hardware: Hardware,
+    tiling: Tiling,
+    *,
+    kernel_sizes: Iterable[int | Sequence[int]] | None = None,
+    strides: Iterable[int | Sequence[int]] | None = None,
+    **fields: Any,
+) -> tuple[Estimate, ...]:
+    """Estimates of every window with every stride that fits into it, under one tiling: the table behind a heat map.
+
+    Args:
+        grid: tokens per axis.
+        hardware, tiling: of all estimates.
+        kernel_sizes: windows; by default one to seven eighths of the grid, rounded up to KV tiles.
+        strides: by default 1, then the query tile's side on one axis after the other, the last axis first,
+            then twice the query tile.
+        fields: other fields of `Problem.grid`, such as `heads`.
+
+    Example:
+        >>> found = sweep((64, 96), Hardware.named("h100-sxm"), Tiling((8, 16), (8, 16)), kernel_sizes=[16, 32])
+        >>> [f"{estimate.speedup.worst_tile:.0f}x" for estimate in found]
+        ['8x', '12x', '24x', '3x', '4x', '6x', '6x']
+    """
+    grid, rank = tuple(grid), len(tuple(grid))
+    if len(tiling.q_tile) != rank:
+        raise InvalidProblem(f"tiling must have one number per axis of the grid {grid}, got {tiling}")
+    if kernel_sizes is None:
+        eighths = [
+            tuple(
+                min(ceil_div(length * part, 8 * tile) * tile, length)
+                for length, tile in zip(grid, tiling.kv_tile, strict=True)
+            )
+            for part in range(1, 8)
+        ]
+        kernel_sizes = dict.fromkeys(eighths)
+    if strides is None:
+        ladder = [(1,) * (rank - i) + tiling.q_tile[rank - i :] for i in range(rank + 1)]
+        strides = dict.fromkeys([*ladder, tuple(2 * side for side in tiling.q_tile)])
+    windows = [canonical(size, rank, "kernel_sizes") for size in kernel_sizes]
+    steps = [canonical(step, rank, "strides") for step in strides]
+    return tuple(
+        simulate(make_plan(Problem.grid(tuple(grid), window, stride=step, **fields), tiling), hardware)
+        for window, step in product(windows, steps)
+        if all(1 <= a <= b for a, b in zip(step, window, strict=True))
     )

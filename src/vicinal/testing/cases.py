@@ -28,16 +28,16 @@ GEOMETRIES: tuple[Problem, ...] = (
     _grid((157,), 16, dilation=5, additional=37),
     _grid((190,), 9, stride=4, dilation=7, is_causal=True),
     # 2-D, sides that share no factor: a swapped axis cannot hide.
-    _grid((23, 37), (5, 9)),
-    _grid((32, 25), (8, 16), stride=(8, 4)),
-    _grid((19, 41), (19, 6), stride=(2, 3)),
-    _grid((17, 40), (4, 5), dilation=(3, 1), is_causal=(False, True)),
-    _grid((16, 33), (1, 33), additional=5),
+    _grid((17, 29), (5, 9)),
+    _grid((32, 17), (8, 16), stride=(8, 4)),
+    _grid((11, 37), (11, 6), stride=(2, 3)),
+    _grid((13, 32), (4, 5), dilation=(3, 1), is_causal=(False, True)),
+    _grid((16, 27), (1, 27), additional=5),
     # 3-D
-    _grid((7, 9, 13), (3, 4, 5)),
-    _grid((6, 10, 11), (3, 2, 5), stride=(2, 2, 3), is_causal=(True, False, False)),
-    _grid((4, 14, 15), (4, 3, 4), stride=(1, 2, 1), dilation=(1, 4, 3)),
-    _grid((5, 7, 12), -1, additional=130),
+    _grid((5, 8, 11), (3, 4, 5)),
+    _grid((5, 8, 11), (3, 2, 5), stride=(2, 2, 3), is_causal=(True, False, False)),
+    _grid((4, 12, 13), (4, 3, 4), stride=(1, 2, 1), dilation=(1, 4, 3)),
+    _grid((4, 7, 12), -1, additional=130),
 )
 """Grids and windows. What rides on them comes from `RIDERS`."""
 

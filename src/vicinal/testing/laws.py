@@ -28,13 +28,18 @@ from vicinal.tiling import Tiling
 
 @dataclass(frozen=True)
 class Trial:
-    """One backend on one problem on one device, with a seed for the numbers."""
+    """One backend on one problem on one device, with a seed for the numbers.
+
+    `slack` is how many times plain PyTorch's own error is allowed. Where only a handful of numbers is
+    computed, their maximum scatters, and drawn problems need more than the laws' 2.
+    """
 
     backend: Backend
     problem: Problem
     device: torch.device
     hardware: Hardware
     seed: int
+    slack: float = 2.0
 
     @property
     def default(self) -> Tiling:
@@ -73,8 +78,9 @@ def assert_solved(
     grid = inputs.query.shape[:-1]
     if output.out.shape != (*grid, problem.head_dim_v) or output.lse.shape != grid:
         raise AssertionError(f"out and lse have shapes {tuple(output.out.shape)} and {tuple(output.lse.shape)}")
-    assert_as_good_as_eager(output.out.flatten(1, problem.rank), eager.out, truth.out, summed=inputs.value, what="out")
-    assert_as_good_as_eager(output.lse.flatten(1, problem.rank), eager.lse, truth.lse, what="lse")
+    out, lse = output.out.flatten(1, problem.rank), output.lse.flatten(1, problem.rank)
+    assert_as_good_as_eager(out, eager.out, truth.out, slack=trial.slack, summed=inputs.value, what="out")
+    assert_as_good_as_eager(lse, eager.lse, truth.lse, slack=trial.slack, what="lse")
     gradients = trial.backward(inputs, output, *grads, tiling)
     for name, gradient, tensor, like, wanted in zip(
         Gradients._fields, gradients, inputs, eager.gradients + (None,) * 2, truth.gradients + (None,) * 2, strict=False
@@ -85,7 +91,8 @@ def assert_solved(
             raise AssertionError(f"the gradient of {name} must be like it, {tuple(tensor.shape)} {tensor.dtype}")
         summed = grads[0] if "value" in name else None
         actual = gradient.reshape(wanted.shape)
-        assert_as_good_as_eager(actual, like, wanted, summed=summed, what=f"the gradient of {name}")
+        what = f"the gradient of {name}"
+        assert_as_good_as_eager(actual, like, wanted, slack=trial.slack, summed=summed, what=what)
 
 
 def _flat(problem: Problem, grads: tuple[Tensor, Tensor | None]) -> dict[str, Tensor | None]:
@@ -197,7 +204,7 @@ def _one_window_each(trial: Trial, *, outside: bool) -> None:
 def _picks(problem: Problem, rng: random.Random) -> list[int]:
     """The first and the last query, and some between."""
     last = problem.tokens - 1
-    return sorted({0, last, last // 2, *(rng.randint(0, last) for _ in range(5))})
+    return sorted({0, last, last // 2, *(rng.randint(0, last) for _ in range(3))})
 
 
 def _faces(problem: Problem, seen: Tensor) -> Tensor:

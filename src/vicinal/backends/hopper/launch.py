@@ -1,0 +1,262 @@
+"""A thin launcher: tensor maps and arguments are laid out once, later calls only change addresses.
+
+Triton's own launcher encodes every tensor map and hashes every argument at each call, which takes
+longer than a small problem runs. Here a `Launch` holds the argument block of one kernel for one set
+of shapes and strides; calling it patches the addresses and makes one driver call. It allocates and
+synchronises nothing, so it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from vicinal._tuples import ceil_div
+from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Variant, three_axes
+from vicinal.errors import Unsupported
+from vicinal.plan import Plan
+from vicinal.problem import Axis
+
+RANK = 5  # of a tensor map: batch, three axes, and heads with their elements
+MAP_BYTES, MAP_ALIGNMENT = 128, 64
+ALIGNMENT = 16  # bytes; of addresses and strides
+LARGEST_COLUMN = 2**31 - 1  # coordinates are 32-bit
+LARGEST_STRIDE = 2**40  # bytes
+
+# Values of the driver's enumerations (cuda.h).
+DATA_TYPE = {"float16": 6, "bfloat16": 9}
+SWIZZLE = {64: 2, 128: 3}
+L2_PROMOTION_128B = 2
+MAX_DYNAMIC_SHARED, PREFERRED_CARVEOUT = 8, 9
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    cuda = ctypes.CDLL("libcuda.so.1")
+    pointer, word, size = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
+    cuda.cuLaunchKernel.argtypes = [pointer, *[word] * 7, pointer, pointer, pointer]
+    cuda.cuTensorMapReplaceAddress.argtypes = [pointer, pointer]
+    cuda.cuTensorMapEncodeTiled.argtypes = [pointer, size, word, *[pointer] * 5, *[size] * 4]
+    cuda.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
+    cuda.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
+    cuda.cuFuncSetAttribute.argtypes = [pointer, size, size]
+    cuda.cuGetErrorString.argtypes = [size, pointer]
+    return cuda
+
+
+def _check(code: int) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"CUDA driver error {code}: {(text.value or b'unknown').decode()}")
+
+
+class Function(NamedTuple):
+    """A kernel, loaded on one device."""
+
+    handle: int
+    threads: int
+    shared: int
+
+
+@lru_cache(maxsize=256)
+def function(variant: Variant, device: int) -> Function:
+    """Compile `variant` and load it on `device`, which must be the current one."""
+    from vicinal.backends.hopper.compile import compiled
+
+    kernel = compiled(variant)
+    cuda, module, handle = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    _check(cuda.cuModuleLoadData(ctypes.byref(module), kernel.asm["cubin"]))
+    _check(cuda.cuModuleGetFunction(ctypes.byref(handle), module, kernel.metadata.name.encode()))
+    _check(cuda.cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED, kernel.metadata.shared))
+    _check(cuda.cuFuncSetAttribute(handle, PREFERRED_CARVEOUT, 100))
+    assert handle.value is not None
+    return Function(handle.value, 32 * kernel.metadata.num_warps, kernel.metadata.shared)
+
+
+class Layout(NamedTuple):
+    """How a tensor `[B, t, h, w, H, D]` lies in memory, in elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Any) -> Layout:
+        """Of `[B, *S, H, D]`, with leading axes of one token added."""
+        pad = 6 - tensor.dim()
+        shape, strides = tuple(tensor.shape), tensor.stride()
+        return cls(shape[:1] + (1,) * pad + shape[1:], strides[:1] + (0,) * pad + strides[1:])
+
+
+def is_mappable(tensor: Any) -> bool:
+    """Whether the tensor engine can read `tensor` where it lies; otherwise it is copied first."""
+    *outer, inner = tensor.stride()
+    used = [stride for stride, size in zip(outer, tensor.shape[:-1], strict=True) if size > 1]
+    return (
+        inner == 1
+        and tensor.data_ptr() % ALIGNMENT == 0
+        and all(stride > 0 and stride * 2 % ALIGNMENT == 0 and stride * 2 < LARGEST_STRIDE for stride in used)
+    )
+
+
+class Geometry(NamedTuple):
+    """A tensor map short of its address, and what the kernel must know to find its way in it."""
+
+    sizes: tuple[int, ...]  # innermost first
+    strides: tuple[int, ...]  # in bytes, of all but the innermost
+    offset: int  # bytes from the tensor's first element to the map's base
+    steps: StepArgs
+
+
+def geometry(layout: Layout, axes: Sequence[Axis]) -> Geometry:
+    """Lay a tensor out as `[B, t, h, w, column]`, dilation groups folded into the columns.
+
+    A token `group + member * dilation` is `member` steps of `dilation` tokens along an axis, from
+    an origin that depends on the group. The origin becomes part of the innermost coordinate, so that
+    groups need neither a permutation nor a map each. With `length % dilation = long` groups one member
+    longer than the others, the map begins `dilation - long` tokens before the tensor: the
+    long groups then begin in row 0 of the map and the short ones in row 1, and all end in its
+    last row. So the tensor engine clips at the true end of every group, and neither reads nor writes
+    past it. Rows that lie before the tensor are never touched: windows begin inside.
+    """
+    (batch, *_, heads, head_dim), (batch_step, *axis_steps, head_step, _) = layout
+    axis_steps = [step if axis.length > 1 else 8 for step, axis in zip(axis_steps, axes, strict=True)]
+    head_step = head_step if heads > 1 else 8
+    batch_step = batch_step if batch > 1 else 8
+    before = sum(step * (-axis.length % axis.dilation) for step, axis in zip(axis_steps, axes, strict=True))
+    columns = head_dim + (heads - 1) * head_step
+    columns += sum(step * (axis.dilation - 1) for step, axis in zip(axis_steps, axes, strict=True))
+    if columns > LARGEST_COLUMN:
+        raise Unsupported(
+            f"hopper addresses at most {LARGEST_COLUMN} elements across the heads and dilation groups of a token, "
+            f"these tensors spread them over {columns}; use a contiguous tensor, a smaller dilation, or another backend"
+        )
+    lengths = [ceil_div(axis.length, axis.dilation) for axis in axes]
+    strides = [2 * step * axis.dilation for step, axis in zip(axis_steps, axes, strict=True)]
+    return Geometry(
+        (columns, *reversed(lengths), batch),
+        (*reversed(strides), 2 * batch_step),
+        -2 * before,
+        StepArgs(head_step, *axis_steps),
+    )
+
+
+class TensorMap:
+    """The tensor engine's description of one tensor, in memory that the launch hands to the kernel."""
+
+    def __init__(self, geometry: Geometry, dtype: str, box: tuple[int, ...], head_dim: int) -> None:
+        self._memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
+        self.pointer = -(-ctypes.addressof(self._memory) // MAP_ALIGNMENT) * MAP_ALIGNMENT
+        self._offset = geometry.offset
+        self._address: int | None = None
+        self._encoding = (geometry, dtype, box, head_dim)
+
+    def point_to(self, address: int) -> None:
+        """Make this the map of the tensor at `address`."""
+        if address == self._address:
+            return
+        if self._address is None:
+            self._encode(address + self._offset)
+        else:
+            _check(_driver().cuTensorMapReplaceAddress(self.pointer, address + self._offset))
+        self._address = address
+
+    def _encode(self, base: int) -> None:
+        geometry, dtype, box, head_dim = self._encoding
+        swizzle = min(2 * head_dim, 128)
+        sizes = (ctypes.c_uint64 * RANK)(*geometry.sizes)
+        strides = (ctypes.c_uint64 * (RANK - 1))(*geometry.strides)
+        sides = (ctypes.c_uint32 * RANK)(swizzle // 2, *reversed(box), 1)
+        ones = (ctypes.c_uint32 * RANK)(*[1] * RANK)
+        _check(
+            _driver().cuTensorMapEncodeTiled(
+                self.pointer, DATA_TYPE[dtype], RANK, base, sizes, strides, sides, ones,
+                0, SWIZZLE[swizzle], L2_PROMOTION_128B, 0,
+            )  # fmt: skip
+        )
+
+
+class Launch:
+    """One kernel with its arguments, for tensors of given shapes and strides; only addresses change.
+
+    Safe to call from several threads and streams: the driver copies the arguments when it is called.
+    """
+
+    def __init__(self, plan: Plan, variant: Variant, layouts: Sequence[Layout], device: int) -> None:
+        problem = plan.problem
+        axes = three_axes(problem.axes)
+        single = (Axis(1, 1), Axis(1, 1), Axis(max(problem.additional, 1), 1))
+        geometries = [geometry(layout, single if i >= 4 else axes) for i, layout in enumerate(layouts)]
+        boxes = [variant.box, variant.kv_box, variant.kv_box, variant.box, *[(1, 1, variant.keys)] * 2]
+        self._function = function(variant, device)
+        self._maps = [
+            TensorMap(geometry, variant.dtype, box, variant.head_dim)
+            for geometry, box in zip(geometries, boxes, strict=False)
+        ]
+        tiles = [ceil_div(ceil_div(a.length, a.dilation), q) for a, q in zip(axes, variant.q_tile, strict=True)]
+        blocks = 1
+        for axis, count in zip(axes, tiles, strict=True):
+            blocks *= count * axis.dilation
+        self._grid = (blocks, problem.heads, problem.batch)
+        self._lse, self._lengths = ctypes.c_uint64(), ctypes.c_uint64()
+        self._lock = threading.Lock()
+        steps = [geometry.steps for geometry in geometries]
+        steps += [StepArgs(0, 0, 0, 0)] * (6 - len(steps))
+        integers = [n for axis, count in zip(axes, tiles, strict=True) for n in axis_args(axis, count)]
+        integers += [n for step in steps for n in step]
+        integers += [problem.heads, problem.heads // problem.heads_kv, problem.additional]
+        self._parameters = self._lay_out(integers, kernel_scale(problem.scale))
+
+    def _lay_out(self, integers: list[int], scale: float) -> Any:
+        # In the compiler's order: each tensor map is followed by its shape and strides, which our
+        # kernels do not read, and two pointers to scratch memory that they do not use come last.
+        unused = ctypes.c_uint64(0)
+        self._values = [ctypes.c_int32(n) for n in integers]
+        self._values += [ctypes.c_float(scale), unused]
+        pointers: list[int] = []
+        for i in range(6):
+            tensor_map = self._maps[i] if i < len(self._maps) else self._maps[0]
+            pointers += [tensor_map.pointer] + [ctypes.addressof(unused)] * (2 * RANK)
+        pointers += [ctypes.addressof(self._lse), ctypes.addressof(self._lengths)]
+        pointers += [ctypes.addressof(value) for value in self._values[:-1]]
+        pointers += [ctypes.addressof(unused)] * 2
+        return (ctypes.c_void_p * len(pointers))(*pointers)
+
+    def __call__(self, addresses: Sequence[int], lse: int, lengths: int, stream: int) -> None:
+        """Start the kernel on `stream`.
+
+        Args:
+            addresses: of query, key, value, out, and the additional keys and values if there are any.
+            lse: address of the log-sum-exps.
+            lengths: address of the 32-bit lengths of the additional keys, or 0 if all count.
+            stream: a CUDA stream handle.
+        """
+        handle, threads, shared = self._function
+        with self._lock:
+            for tensor_map, address in zip(self._maps, addresses, strict=True):
+                tensor_map.point_to(address)
+            self._lse.value, self._lengths.value = lse, lengths
+            code = _driver().cuLaunchKernel(
+                handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None
+            )  # fmt: skip
+        _check(code)
+
+
+def axis_args(axis: Axis, tiles: int) -> AxisArgs:
+    """What the kernel is told of an axis that has `tiles` query tiles in each dilation group."""
+    return AxisArgs(axis.length, axis.kernel_size, axis.stride, axis.dilation, int(axis.is_causal), tiles)
+
+
+LOG2_E = 1.4426950408889634
+
+
+def kernel_scale(scale: float) -> float:
+    """The factor that turns `q . k` into powers of two.
+
+    Hidden scores are hidden by what they lack *before* scaling, so the scale must stay positive: 0 becomes
+    a number so small that every visible weight is exactly 1, and is still large enough to hide.
+    """
+    return max(scale * LOG2_E, 2.0**-80)

@@ -1,0 +1,83 @@
+"""A benchmark's table as a chart."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from vicinal._figure import legend, title
+from vicinal.errors import InvalidProblem
+
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InvalidProblem(f"table {table} cannot be read as CSV: {error}") from None
+    needed = ("case", "backend", "pass", "milliseconds")
+    missing = [name for name in needed if not rows or name not in rows[0]]
+    if missing:
+        raise InvalidProblem(f"table {table} must have rows with the columns {', '.join(needed)}; missing: {missing}")
+    # Of repeated measurements the last counts.
+    latest = {(row.get("device"), row["case"], row["backend"], row["pass"]): row for row in rows}
+    if not any(_positive(row["milliseconds"]) for row in latest.values()):
+        raise InvalidProblem(f"table {table} must hold at least one time, got {len(rows)} rows without milliseconds")
+    return list(latest.values())
+
+
+def _positive(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def _plain(value: float, _: int) -> str:
+    return f"{value:g}"
+
+
+def draw_times(figure: Any, rows: list[dict[str, str]]) -> None:
+    devices, passes, backends = (
+        list(dict.fromkeys(row.get(k) or "" for row in rows)) for k in ("device", "pass", "backend")
+    )
+    labels = [row["case"] if len(devices) == 1 else f"{row['case']} ({row.get('device')})" for row in rows]
+    cases = list(dict.fromkeys(labels))
+    figure.set_size_inches(2.6 + 3.6 * len(passes), 1.6 + 0.42 * len(cases))
+    panels = figure.subplots(1, len(passes), squeeze=False, sharex=True, sharey=True)[0]
+    lost: list[str] = []
+    for row, label in zip(rows, labels, strict=True):
+        panel, y = panels[passes.index(row["pass"])], cases.index(label)
+        index = backends.index(row["backend"]) % len(SERIES)
+        time, predicted = _positive(row["milliseconds"]), _positive(row.get("predicted_milliseconds"))
+        if time is None:
+            lost.append(f"{row['backend']} on {label}, {row['pass']}")
+            continue
+        panel.plot(time, y, MARKERS[index], color=SERIES[index], markersize=7, markeredgecolor="white", zorder=3)
+        if predicted is not None:
+            panel.plot(predicted, y, "|", color=SERIES[index], markersize=13, markeredgewidth=1.6, zorder=2)
+    for panel, name in zip(panels, passes, strict=True):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(_plain)
+        panel.xaxis.set_minor_formatter("")
+        panel.set_title(name)
+        panel.set_xlabel("milliseconds")
+        panel.set_yticks(range(len(cases)), cases)
+        panel.set_ylim(len(cases) - 0.5, -0.5)
+        panel.grid(axis="x", which="major", color="#DDDDDD", linewidth=0.8)
+        panel.hlines(range(len(cases)), 0, 1, transform=panel.get_yaxis_transform(), color="#EEEEEE", zorder=0)
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+    title(
+        figure, ", ".join(devices) if any(devices) else "benchmark", *(f"no time: {'; '.join(lost)}" for _ in lost[:1])
+    )
+    entries = {name: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(backends)}
+    if any(_positive(row.get("predicted_milliseconds")) for row in rows):
+        entries["predicted"] = ("#555555", "|")
+    legend(figure, entries)

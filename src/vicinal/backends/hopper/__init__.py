@@ -1,0 +1,110 @@
+"""Neighborhood attention on Hopper GPUs (sm_90): TMA boxes with free origins, warpgroup matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from vicinal.backends.base import Inputs, Output
+from vicinal.backends.hopper.cost import ranked_tilings
+from vicinal.backends.hopper.launch import Launch, Layout, is_mappable
+from vicinal.backends.hopper.variant import variant_of
+from vicinal.hardware import Hardware
+from vicinal.plan import Plan
+from vicinal.problem import Problem
+from vicinal.tiling import Tiling
+
+HEAD_DIMS = (32, 64, 128, 256)
+LARGEST_GRID = 65535  # of heads, and of batch rows
+
+
+class Hopper:
+    """Forward in one kernel, straight from and to `[B, *S, H, D]`: no permutation, no padding, no index lists.
+
+    Reads strided tensors where they lie if their last axis is contiguous and their address and
+    other strides are multiples of 16 bytes, as the slices of a fused projection are; copies
+    others first.
+
+    Keys and values near a window should be finite: masks are added to scores, so a NaN or an
+    infinity in a key that shares a KV tile with a window reaches the queries of that tile, as one in a
+    value does in any tiled implementation. Memory outside the tensors is never read.
+    """
+
+    name = "hopper"
+
+    def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        """Every reason, as a sentence part, why this backend will not run the problem there."""
+        major, minor = hardware.arch
+        facts = (
+            (hardware.kind == "cuda" and major == 9, f"needs sm_90, this is {hardware.kind} sm_{major}{minor}"),
+            (problem.dtype in ("float16", "bfloat16"), f"computes in 16 bits only, got {problem.dtype}"),
+            (problem.head_dim in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}, got {problem.head_dim}"),
+            (
+                problem.head_dim_v == problem.head_dim,
+                f"values must have the head_dim of the keys, got {problem.head_dim_v} and {problem.head_dim}",
+            ),
+            (problem.heads <= LARGEST_GRID, f"takes at most {LARGEST_GRID} heads, got {problem.heads}"),
+            (problem.batch <= LARGEST_GRID, f"takes at most {LARGEST_GRID} batch rows, got {problem.batch}"),
+        )
+        return tuple(reason for holds, reason in facts if not holds)
+
+    def tilings(self, problem: Problem, hardware: Hardware) -> Iterable[Tiling]:
+        """Tilings worth trying, the one with the least predicted time first."""
+        return ranked_tilings(problem)
+
+    def forward(self, plan: Plan, inputs: Inputs) -> Output:
+        """Attention under `plan`.
+
+        Raises:
+            Unsupported: if its tiling is not one that the kernels can be cut into.
+        """
+        query, key, value = inputs.query, inputs.key, inputs.value
+        if plan.problem.scale < 0:
+            query = -query  # masks need a positive scale, see `launch.kernel_scale`
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        if plan.problem.batch == 0:
+            return Output(out, lse)
+        tensors = [mappable(query), mappable(key), mappable(value), out]
+        lengths = inputs.additional_lengths
+        if plan.problem.additional:
+            more = inputs.additional_keys, inputs.additional_values
+            if lengths is not None:
+                lengths = lengths.to(torch.int32)
+                more = tuple(zero_from(tensor, lengths) for tensor in more)
+            tensors += [mappable(tensor) for tensor in more]
+        device = query.device.index
+        launch = prepare(plan, tuple(Layout.of(tensor) for tensor in tensors), device)
+        with torch.cuda.device(device):
+            launch(
+                [tensor.data_ptr() for tensor in tensors],
+                lse.data_ptr(),
+                0 if lengths is None else lengths.data_ptr(),
+                torch._C._cuda_getCurrentRawStream(device),
+            )
+        return Output(out, lse)
+
+
+@lru_cache(maxsize=1024)
+def prepare(plan: Plan, layouts: tuple[Layout, ...], device: int) -> Launch:
+    """The launch of `plan` on tensors that lie like this; built once."""
+    with torch.cuda.device(device):
+        return Launch(plan, variant_of(plan), layouts, device)
+
+
+def mappable(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if the tensor engine cannot read it where it lies."""
+    return tensor if is_mappable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def zero_from(tensor: Tensor, lengths: Tensor) -> Tensor:
+    """`tensor [B, M, ...]` with zeros from `lengths[b]` on, so that whatever pads it has no effect."""
+    places = torch.arange(tensor.shape[1], device=tensor.device)
+    is_padding = places >= lengths[:, None]
+    return tensor.masked_fill(is_padding[:, :, None, None], 0)
+
+
+backend = Hopper()

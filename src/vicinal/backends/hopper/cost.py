@@ -1,0 +1,150 @@
+"""What a tiling costs on one H100, predicted from the plan; tilings are chosen by it.
+
+    time = max(sum over blocks of (start + tiles * pace) / multiprocessors, one block) + traffic
+
+`tiles` are pairs of 64 queries and a KV box, as the plan counts them; `start` and `pace` are
+measured. The model knows no problem by name: a window, a stride or a dilation enters only through
+the tiles that it makes the plan visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from vicinal.backends.hopper.variant import code_width, variant_of
+from vicinal.plan import AxisPlan, Plan
+from vicinal.problem import Axis, Problem
+from vicinal.tiling import Tiling
+
+MULTIPROCESSORS = 132
+BYTES_PER_S = 3.0e12
+"""Of a large copy on an H100 80GB."""
+
+EXPOSED = 0.25
+"""Share of the least possible memory traffic that computing does not hide."""
+
+
+class Rate(NamedTuple):
+    """Microseconds of one multiprocessor.
+
+    Args:
+        start: per block, whatever it visits.
+        pace: per pair of 64 queries and a KV box, without a mask.
+        coded: added to the pace by a mask on the tensor core.
+        select: added to it on a tile that is masked by selects.
+    """
+
+    start: float
+    pace: float
+    coded: float
+    select: float
+
+
+RATES: dict[tuple[int, int, int], Rate] = {
+    # (head_dim, warpgroups, keys of a box); bf16, clocks under sustained load
+    (32, 1, 64): Rate(0.50, 0.19, 0.03, 0.10),
+    (32, 1, 128): Rate(0.55, 0.40, 0.06, 0.20),
+    (32, 3, 128): Rate(2.4, 0.39, 0.055, 0.20),
+    (64, 1, 64): Rate(0.55, 0.24, 0.03, 0.10),
+    (64, 1, 128): Rate(0.60, 0.51, 0.06, 0.20),
+    (64, 3, 128): Rate(2.4, 0.505, 0.055, 0.20),
+    (128, 1, 64): Rate(1.2, 0.50, 0.03, 0.10),
+    (128, 2, 64): Rate(4.4, 0.50, 0.03, 0.10),
+    (128, 2, 128): Rate(4.4, 0.845, 0.035, 0.14),
+    (256, 1, 64): Rate(2.4, 1.1, 0.03, 0.10),
+    (256, 2, 64): Rate(6.0, 0.95, 0.03, 0.10),
+}
+
+WIDE_CODE = 0.045
+"""Added to a coded mask whose code takes two matrix instructions."""
+
+
+def predicted_ms(plan: Plan) -> float:
+    """Milliseconds that `plan` takes on one H100.
+
+    Example:
+        >>> from vicinal.plan import make_plan
+        >>> from vicinal.problem import Problem
+        >>> problem = Problem.grid((30, 48, 80), (18, 24, 24), heads=24, head_dim=128)
+        >>> round(predicted_ms(make_plan(problem, Tiling((2, 8, 8), (2, 8, 8)))))
+        39
+    """
+    variant = variant_of(plan)
+    return _milliseconds(
+        plan.problem, variant.head_dim, variant.consumers, variant.keys, variant.code_width,
+        plan.q_tiles, plan.visited, plan.masked, plan.most_visited,
+    )  # fmt: skip
+
+
+def _milliseconds(
+    problem: Problem, head_dim: int, consumers: int, keys: int, width: int,
+    q_tiles: int, visited: int, masked: int, most_visited: int,
+) -> float:  # fmt: skip
+    rate = RATES[head_dim, consumers, keys]
+    additional = -(-problem.additional // keys)
+    if masked == 0:
+        pace = rate.pace
+    elif width <= 32:
+        pace = rate.pace + rate.coded + (WIDE_CODE if width > 16 else 0)
+    else:
+        pace = rate.pace + rate.select * masked / visited
+    one_block = rate.start + consumers * (most_visited + additional) * pace
+    all_blocks = q_tiles * rate.start + consumers * (visited + q_tiles * additional) * pace
+    busy = max(problem.batch * problem.heads * all_blocks / MULTIPROCESSORS, one_block)
+    traffic = 2 * problem.itemsize * problem.batch * problem.tokens * head_dim * (problem.heads + problem.heads_kv)
+    return busy / 1e3 + EXPOSED * traffic / BYTES_PER_S * 1e3
+
+
+def candidates(problem: Problem) -> Iterator[Tiling]:
+    """Every tiling that the kernels can be cut into and that has a measured rate."""
+    for consumers, keys in ((c, k) for d, c, k in RATES if d == problem.head_dim):
+        for q_tile in q_tiles(consumers, problem.rank):
+            for kv_tile in boxes(keys, problem.rank):
+                if problem.rank == 1 or code_width(kv_tile)[0] <= 32:
+                    yield Tiling(q_tile, kv_tile)
+
+
+def q_tiles(consumers: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Query tiles of that many boxes of 64, stacked along one axis."""
+    tiles = (
+        tuple(n * consumers if i == stack else n for i, n in enumerate(box))
+        for stack in range(rank)
+        for box in boxes(64, rank)
+    )
+    return tuple(dict.fromkeys(tiles))
+
+
+def boxes(volume: int, rank: int, largest: int = 64) -> list[tuple[int, ...]]:
+    """Boxes of `volume` tokens whose sides are powers of two, none longer than `largest` if there are several."""
+    if rank == 1:
+        return [(volume,)]
+    sides = [1 << i for i in range(largest.bit_length())]
+    return [box for box in product(sides, repeat=rank) if prod(box) == volume]
+
+
+@lru_cache(maxsize=65536)
+def _counts(axis: Axis, q: int, k: int) -> tuple[int, int, int, int]:
+    plan = AxisPlan(axis, q, k)
+    return plan.q_tiles, plan.visited, plan.full, plan.most_visited
+
+
+def _predict(problem: Problem, tiling: Tiling) -> float:
+    # `predicted_ms(make_plan(problem, tiling))`, sharing the counts of an axis between tilings.
+    counts = [_counts(*cut) for cut in zip(problem.axes, tiling.q_tile, tiling.kv_tile, strict=True)]
+    q_tiles, visited, full, most_visited = (prod(column) for column in zip(*counts, strict=True))
+    rows, keys = prod(tiling.q_tile), prod(tiling.kv_tile)
+    width = code_width(tiling.kv_tile)[0]
+    return _milliseconds(
+        problem, problem.head_dim, rows // 64, keys, width, q_tiles, visited, visited - full, most_visited
+    )
+
+
+@lru_cache(maxsize=1024)
+def ranked_tilings(problem: Problem, most: int = 16) -> tuple[Tiling, ...]:
+    """The `most` most promising tilings, the one with the least predicted time first."""
+    ranked = sorted(candidates(problem), key=lambda tiling: _predict(problem, tiling))
+    return tuple(ranked[:most])

@@ -1,0 +1,283 @@
+"""The demo: a real photograph, known noise, and everything that can be said about removing it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vicinal.cli import _demo_figure
+from vicinal.cli._console import say, table
+from vicinal.denoise import STRENGTH, Features, denoise, estimate_sigma
+from vicinal.errors import InvalidProblem, Unsupported
+from vicinal.hardware import Hardware
+from vicinal.images import check_output
+from vicinal.plan import make_plan
+from vicinal.plots import draw_plan
+from vicinal.problem import Problem
+from vicinal.simulate import Estimate, simulate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PICTURES = {
+    "astronaut": (40, 150),
+    "chelsea": (70, 130),
+    "coffee": (90, 210),
+    "camera": (60, 150),
+}
+"""Pictures inside scikit-image's wheel, and the corner of the crop on which strengths are chosen."""
+
+CROP = 160
+"""Side of that crop."""
+
+DENSE_CROP = 128
+"""Side of the crop on which dense attention is timed: 128^4 pairs of pixels take about as long as we may keep you."""
+
+PATCH, REACH, COMPONENTS = 5, 8, 15
+PREDICT_FOR = "h100-sxm"
+
+Update = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to denoise, at its best filter strength. `strength` counts in sigmas, `seconds` the whole picture."""
+
+    method: str
+    strength: float | None
+    psnr: float
+    seconds: float
+
+
+@dataclass
+class Result:
+    """What the demo found."""
+
+    picture: str
+    shape: tuple[int, ...]
+    sigma: float
+    estimated_sigma: float
+    noisy_psnr: float
+    rows: list[Row] = field(default_factory=list[Row])
+    dense_crop_s: float = 0.0
+    crop_s: float = 0.0
+    estimate: Estimate | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def dense_s(self) -> float:
+        """Dense attention over the whole picture, from the time on the crop: it grows with the square of pixels."""
+        return self.dense_crop_s * (math.prod(self.shape[:2]) / DENSE_CROP**2) ** 2
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as JSON knows it."""
+        assert self.estimate is not None
+        return {
+            "picture": self.picture,
+            "shape": self.shape,
+            "sigma": self.sigma,
+            "estimated_sigma": self.estimated_sigma,
+            "patch_size": PATCH,
+            "patch_distance": REACH,
+            "threads": torch.get_num_threads(),
+            "noisy_psnr": self.noisy_psnr,
+            "rows": [asdict(row) for row in self.rows],
+            "dense_attention": {
+                "crop": DENSE_CROP,
+                "crop_s": self.dense_crop_s,
+                "neighborhood_attention_crop_s": self.crop_s,
+                "whole_s_extrapolated": self.dense_s,
+            },
+            "predicted": {
+                "hardware": self.estimate.hardware.name,
+                "time_s": self.estimate.time_s,
+                "speedup": asdict(self.estimate.speedup),
+            },
+            "files": [str(file) for file in self.files],
+        }
+
+    def show(self) -> None:
+        """Print it."""
+        assert self.estimate is not None
+        theirs, ours = self.rows[0], self.rows[-2]
+        size = "x".join(map(str, self.shape))
+        rows = [("(noisy)", "", f"{self.noisy_psnr:.2f}", "", "")]
+        rows += [
+            (
+                row.method,
+                f"{row.strength:.2f} sigma" if row.strength is not None else "not told",
+                f"{row.psnr:.2f}",
+                f"{row.seconds:.2f}",
+                f"{theirs.seconds / row.seconds:.1f}x",
+            )
+            for row in self.rows
+        ]
+        title = (
+            f"{self.picture}, {size}, noise of {self.sigma:g} (estimated: {self.estimated_sigma:.3f}); "
+            f"patches {PATCH}x{PATCH}, search window {2 * REACH + 1}x{2 * REACH + 1}, {torch.get_num_threads()} threads"
+        )
+        table(title, ("one pass each", "strength", "PSNR, dB", "s", "speed-up"), rows, numbers=(1, 2, 3, 4))
+        say(
+            f"Every strength but the last is the best of its method on a {CROP}x{CROP} crop. "
+            f"scikit-image knows sigma and uses it if that is better.\n"
+            f"Ours against scikit-image: {ours.psnr - theirs.psnr:+.2f} dB, {theirs.seconds / ours.seconds:.1f}x as fast."
+        )
+        say(
+            f"\nDense attention (scaled_dot_product_attention, each pixel against all) on a {DENSE_CROP}x{DENSE_CROP} "
+            f"crop: {self.dense_crop_s:.2f} s; neighborhood attention: {self.crop_s:.3f} s "
+            f"({self.dense_crop_s / self.crop_s:.0f}x as fast).\nOver the whole picture dense attention would take "
+            f"{self.dense_s:,.0f} s: extrapolated by the square of the number of pixels, not measured."
+        )
+        say(f"\nWhat the simulator predicts for the whole picture elsewhere:\n{self.estimate}")
+        say("\nwrote " + ", ".join(str(file) for file in self.files))
+
+
+def run(picture: str, sigma: float, seed: int, out: Path, update: Update) -> Result:
+    """Do all of it. `update` is called before each step with steps done, steps in all, and what comes."""
+    if not 0 < sigma < math.inf:
+        raise InvalidProblem(f"sigma must be above 0, as a fraction of full range, got {sigma}")
+    if out.suffix.lower() != ".png":
+        raise InvalidProblem(f"out must end in .png, got {str(out)!r}")
+    check_output(out)
+    clean = _load(picture)
+    axis = -1 if clean.ndim == 3 else None
+    noise = np.random.default_rng(seed).standard_normal(clean.shape)
+    noisy = (clean + sigma * noise).astype(np.float32)
+    result = Result(picture, clean.shape, sigma, estimate_sigma(noisy, channel_axis=axis), psnr(noisy, clean))
+    top, left = PICTURES[picture]
+    crop = np.s_[top : top + CROP, left : left + CROP]
+    methods = _methods(sigma, axis)
+    pictures: dict[str, NDArray[np.float32]] = {}
+    for step, (name, method, strengths) in enumerate(methods):
+        update(step, len(methods) + 3, f"looking for the best strength: {name}")
+        best = max(strengths, key=lambda strength: psnr(method(noisy[crop], strength), clean[crop]))
+        update(step + 0.5, len(methods) + 3, f"denoising: {name}")
+        begin = time.perf_counter()
+        pictures[name] = method(noisy, best)
+        seconds = time.perf_counter() - begin
+        known = None if len(strengths) == 1 else best
+        result.rows.append(Row(name, known, psnr(pictures[name], clean), seconds))
+    _drop_the_worse_baseline(result)
+    update(len(methods), len(methods) + 3, "timing dense attention on a crop")
+    result.dense_crop_s, result.crop_s = _against_dense(noisy[top : top + DENSE_CROP, left : left + DENSE_CROP], sigma)
+    update(len(methods) + 1, len(methods) + 3, "predicting")
+    problem, device = _problem(clean.shape), Hardware.named(PREDICT_FOR)
+    plan = make_plan(problem, _tiling(problem, device))
+    result.estimate = simulate(plan, device)
+    update(len(methods) + 2, len(methods) + 3, "drawing")
+    theirs, ours = result.rows[0], result.rows[-2]
+    figure = _demo_figure.Pictures(
+        clean, noisy, pictures[ours.method], pictures[theirs.method], crop, _weights(noisy, sigma, ours, crop)
+    )
+    plan_file = draw_plan(plan, out.with_name(f"{out.stem}-plan{out.suffix}"))
+    result.files = (_demo_figure.draw(figure, result, out), plan_file)
+    return result
+
+
+def psnr(picture: NDArray[Any], clean: NDArray[Any]) -> float:
+    """Peak signal-to-noise ratio in dB, of a picture whose full range is 1."""
+    return -10 * math.log10(float(np.square(picture.astype(np.float64) - clean).mean()))
+
+
+def _load(name: str) -> NDArray[np.float32]:
+    if name not in PICTURES:
+        raise InvalidProblem(f"picture must be one of {', '.join(PICTURES)}, got {name!r}")
+    try:
+        from skimage import data
+    except ModuleNotFoundError:
+        raise Unsupported("the demo needs the package scikit-image; install it with: pip install scikit-image") from None
+    return (getattr(data, name)() / 255).astype(np.float32)
+
+
+def _methods(sigma: float, axis: int | None) -> list[tuple[str, Callable[[Any, float], Any], tuple[float, ...]]]:
+    """Name, function of picture and strength in sigmas, and the strengths to try."""
+    from skimage.restoration import denoise_nl_means
+
+    def theirs(known: float) -> Callable[[Any, float], Any]:
+        return lambda picture, strength: denoise_nl_means(
+            picture, PATCH, REACH, h=strength * sigma, sigma=known, fast_mode=False, channel_axis=axis
+        ).reshape(picture.shape)
+
+    def ours(components: int | None) -> Callable[[Any, float], Any]:
+        return lambda picture, strength: denoise(
+            picture,
+            sigma=sigma,
+            h=strength * sigma,
+            patch_size=PATCH,
+            patch_distance=REACH,
+            components=components,
+            channel_axis=axis,
+        )
+
+    tries = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5)
+    return [
+        ("scikit-image, exact, sigma used", theirs(sigma), tries),
+        ("scikit-image, exact", theirs(0.0), tries),
+        ("vicinal, whole patches", ours(None), tries),
+        (f"vicinal, {COMPONENTS} principal components", ours(COMPONENTS), (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.9)),
+        ("vicinal, sigma and strength not told", lambda picture, _: denoise(picture, channel_axis=axis), (STRENGTH,)),
+    ]
+
+
+def _drop_the_worse_baseline(result: Result) -> None:
+    first, second, *rest = result.rows
+    result.rows = [max(first, second, key=lambda row: row.psnr), *rest]
+
+
+def _problem(shape: tuple[int, ...]) -> Problem:
+    """The attention problem of the last method."""
+    channels = shape[2] if len(shape) == 3 else 1
+    return Problem.grid(
+        shape[:2], 2 * REACH + 1, head_dim=COMPONENTS + 1, head_dim_v=channels, dtype="float32", scale=1.0
+    )
+
+
+def _tiling(problem: Problem, device: Hardware) -> Any:
+    from vicinal.backends import choose
+
+    return next(iter(choose(problem, device).tilings(problem, device)))
+
+
+def _against_dense(crop: NDArray[np.float32], sigma: float) -> tuple[float, float]:
+    """Seconds of dense and of neighborhood attention over a crop: same features, attention alone."""
+    from torch.nn.functional import pad, scaled_dot_product_attention
+
+    from vicinal.functional import neighborhood_attention
+
+    pixels = torch.from_numpy(crop).reshape(*crop.shape[:2], -1)
+    features = Features.of(pixels.movedim(-1, 0).contiguous(), (PATCH, PATCH), COMPONENTS, sigma)
+    query = pad(features.rows(0, crop.shape[0]), (0, 1))[None, :, :, None] / (STRENGTH * sigma)
+    value = pixels[None, :, :, None]
+    # Its fast kernel wants values as long as queries; zeros beside the pixels cost it less than the slow one.
+    dense = (query.flatten(1, 2).mT.mT, pad(value, (0, query.shape[-1] - value.shape[-1])).flatten(1, 2))
+    q, v = (tensor.transpose(1, 2).contiguous() for tensor in dense)
+
+    def time_of(call: Callable[[], object], times: int) -> float:
+        seconds: list[float] = []
+        for _ in range(times):
+            begin = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - begin)
+        return sorted(seconds)[times // 2]
+
+    near = time_of(lambda: neighborhood_attention(query, query, value, kernel_size=2 * REACH + 1, scale=1.0), 5)
+    return time_of(lambda: scaled_dot_product_attention(q, q, v, scale=1.0), 1), near
+
+
+def _weights(noisy: NDArray[np.float32], sigma: float, row: Row, crop: Any) -> NDArray[np.float32]:
+    """Attention weights of the pixel in the middle of the crop, over its search window; 1 at most."""
+    pixels = torch.from_numpy(noisy).reshape(*noisy.shape[:2], -1).movedim(-1, 0).contiguous()
+    features = Features.of(pixels, (PATCH, PATCH), COMPONENTS, sigma)
+    y, x = ((part.start + part.stop) // 2 for part in crop)
+    rows = features.rows(y - REACH, y + REACH + 1)[:, x - REACH : x + REACH + 1]
+    distance = (rows - rows[REACH, REACH]).square().sum(dim=-1) / ((row.strength or STRENGTH) * sigma) ** 2
+    weights = torch.exp(-distance)
+    weights[REACH, REACH] = math.exp(-2 / (row.strength or STRENGTH) ** 2)
+    return weights.numpy()

@@ -1,0 +1,56 @@
+"""`plot`: figures of windows, plans, speed-ups and benchmarks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vicinal.cli._console import progress, say
+from vicinal.cli._options import SHAPE, Device, KVOrigin, KVTile, QTile, numbers, problem_of, tiling_of
+from vicinal.errors import InvalidProblem
+
+KINDS = ("windows", "plan", "speedups", "benchmark")
+
+
+def plot(
+    kind: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to draw.")],
+    subject: Annotated[str, typer.Argument(metavar="GRID|CSV", help="Tokens per axis, or a benchmark's table.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG or SVG to write.")],
+    kernel_size: Annotated[str | None, typer.Option("--kernel-size", "-k", metavar=SHAPE, help="Window.")] = None,
+    stride: Annotated[str, typer.Option("--stride", "-s", metavar=SHAPE, help="Queries that share a window.")] = "1",
+    dilation: Annotated[str, typer.Option("--dilation", "-d", metavar=SHAPE, help="Distance between keys.")] = "1",
+    causal: Annotated[str, typer.Option(metavar="AXES", help="Causal axes: 0, or 0,2, or all.")] = "",
+    query: Annotated[
+        list[str] | None, typer.Option(metavar=SHAPE, help="For windows: position of a query; may be repeated.")
+    ] = None,
+    q_tile: QTile = None,
+    kv_tile: KVTile = None,
+    kv_origin: KVOrigin = "free",
+    hardware: Device = "h100-sxm",
+) -> None:
+    """Draw the windows of single queries, a plan, speed-ups against window and stride, or a benchmark's times."""
+    from vicinal import plots
+    from vicinal.hardware import Hardware
+    from vicinal.plan import make_plan
+    from vicinal.problem import Problem
+    from vicinal.suggest import sweep
+
+    if kind not in KINDS:
+        raise InvalidProblem(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind in ("windows", "plan") and kernel_size is None:
+        raise InvalidProblem(f"a figure of kind {kind} needs --kernel-size, such as --kernel-size 7")
+    with progress(f"drawing {kind}"):
+        if kind == "benchmark":
+            written = plots.draw_benchmark(subject, out)
+        elif kind == "speedups":
+            device, grid = Hardware.named(hardware or "h100-sxm"), numbers(subject, "grid")
+            tiling = tiling_of(Problem.grid(grid, -1), q_tile, kv_tile, kv_origin, device)
+            written = plots.draw_speedups(sweep(grid, device, tiling), out)
+        else:
+            problem = problem_of(subject, kernel_size or "", stride, dilation, causal)
+            if kind == "windows":
+                queries = None if not query else [numbers(text, "query") for text in query]
+                written = plots.draw_windows(problem, out, queries=queries)
+            else:
+                written = plots.draw_plan(make_plan(problem, tiling_of(problem, q_tile, kv_tile, kv_origin, None)), out)
+    say(f"wrote {written}")

@@ -1,0 +1,65 @@
+"""Formulas for PyTorch's FLOP counter: what the windows ask for, whoever computes them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from vicinal.problem import make_axes
+
+Shape = Sequence[int]
+
+
+def ensure_registered() -> None:
+    """Register the formulas once somebody has imported the counter.
+
+    Not at import: `torch.utils.flop_counter` brings triton with it, which `import vicinal` must not.
+    """
+    if "torch.utils.flop_counter" in sys.modules:
+        _register()
+
+
+@lru_cache(maxsize=1)
+def _register() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    formulas = {torch.ops.vicinal.attention: _forward, torch.ops.vicinal.attention_backward: _backward}
+    for operator, formula in formulas.items():
+        register_flop_formula(operator)(formula)
+    # A counter copies the registry when it is made: one that is already counting must hear of us as well.
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if hasattr(counter, "flop_registry"):
+            counter.flop_registry.update({op: global_registry()[op] for op in formulas})
+
+
+def global_registry() -> dict[Any, Any]:
+    """PyTorch's own table of formulas, as it stands."""
+    from torch.utils import flop_counter
+
+    return flop_counter.flop_registry
+
+
+def _forward(query: Shape, key: Shape, value: Shape, extra: Shape | None, *rest: Any, **_: Any) -> int:
+    """Two products, over the pairs inside windows only."""
+    return 2 * _pairs(query, extra, rest[2:]) * (query[-1] + value[-1])
+
+
+def _backward(*args: Any, **_: Any) -> int:
+    """Five products: the scores again, and four gradients."""
+    query, _key, value, extra, _values, _lengths, *settings = args[4:]
+    return 2 * _pairs(query, extra, settings) * (3 * query[-1] + 2 * value[-1])
+
+
+def _pairs(query: Shape, extra: Shape | None, settings: Sequence[Any]) -> int:
+    """(query, key) pairs of all batch rows and heads."""
+    batch, *shape, heads, _ = query
+    axes = make_axes(tuple(shape), *(list(setting) for setting in settings[:4]))
+    inside = math.prod(axis.pairs for axis in axes)
+    return batch * heads * (inside + (math.prod(shape) * extra[1] if extra else 0))
