@@ -166,7 +166,9 @@ def _check_holds(name: str, suffix: str, image: Image) -> None:
         raise InvalidProblem(f"output must end in .tif, .npy or .nii to hold a stack of {image.pages}, got {name!r}")
     if image.has_channels and kind != "uint8":
         raise InvalidProblem(f"output must end in .npy to hold colours of {kind}, got {name!r}")
-    holds = {"uint8"} | ({"uint16"} if suffix == ".png" else set()) | ({"uint16", "int32", "float32"} if is_tiff else set())
+    holds = (
+        {"uint8"} | ({"uint16"} if suffix == ".png" else set()) | ({"uint16", "int32", "float32"} if is_tiff else set())
+    )
     if kind not in holds:
         raise InvalidProblem(f"output must end in {'.npy' if is_tiff else '.tif or .npy'} to hold {kind}, got {name!r}")
 
@@ -181,11 +183,10 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         ...     (Path(folder) / "a.txt").read_text()
         'all of it'
     """
-    with _scratch(Path(path), Path(path).suffix) as scratch:
-        with open(scratch, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+    with _scratch(Path(path), Path(path).suffix) as scratch, open(scratch, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

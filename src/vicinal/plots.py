@@ -59,8 +59,8 @@ def draw_plan(plan: Plan, path: str | Path) -> Path:
     """Full, masked and empty tiles: axis by axis, and of all pairs of tiles of the grid.
 
     The picture of the whole grid lists tiles in row-major order. Where it has more cells than the figure
-    has pixels, each cell averages what it stands for, with sparse cells made visible. Of a dilated axis one
-    group is shown.
+    has pixels, or KV tiles begin anywhere, each cell averages what it stands for, with sparse cells made
+    visible. Of a dilated axis one group is shown.
 
     Args:
         plan: what to show.
@@ -227,9 +227,10 @@ def _draw_slices(figure: Any, problem: Problem, queries: list[tuple[int, ...]]) 
 
 
 def _slices(axis: Axis, query: int, count: int) -> list[int]:
-    """The query's slice, the window's first and last, one outside on either side; filled up from the front."""
+    """The query's slice, the window's first and last, one outside on either side, its middle; then any."""
     window = axis.window(query)
     wanted = [query, window[0], window[-1], window[0] - axis.dilation, window[-1] + axis.dilation]
+    wanted.append(window[len(window) // 2])
     found = dict.fromkeys(index for index in (*wanted, *range(axis.length)) if 0 <= index < axis.length)
     return sorted(list(found)[:count])
 
@@ -260,6 +261,7 @@ def _draw_axis(panel: Any, axis: AxisPlan, number: int) -> None:
             linewidth=0.8 if has_few_tiles else 0,
         )
     panel.set_xlim(0, length)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_ylim(len(shown) - 0.5, -0.5)
     panel.set_yticks([])
     title = f"axis {number}: {axis.axis.length} tokens"
@@ -293,7 +295,9 @@ def _draw_product(panel: Any, plan: Plan, most: int = 600) -> None:
         aspect="auto",
         interpolation="none",
     )
-    panel.set_title("all axes" + (", sparse parts made visible" if min(row_scale, column_scale) < 1 else ""))
+    is_binned = plan.tiling.kv_origin == "free"
+    notes = ["binned by KV tile"] * is_binned + ["sparse parts made visible"] * (min(row_scale, column_scale) < 1)
+    panel.set_title(", ".join(["all axes", *notes]))
     panel.set_xlabel(f"{math.prod(columns):,} KV tiles")
     panel.set_ylabel(f"{math.prod(rows):,} query tiles")
     panel.set_xticks([])

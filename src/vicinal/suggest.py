@@ -241,7 +241,7 @@ def _strides(window: int, q_tile: int) -> list[int]:
 class _Option(NamedTuple):
     """One candidate; the smaller its rank, the better."""
 
-    rank: tuple[bool, int, int, float]
+    rank: tuple[bool, int, int, float, int, tuple[tuple[int, ...], ...]]
     waste: float
     window: tuple[int, ...]
     stride: tuple[int, ...]
@@ -264,7 +264,11 @@ class _Wish:
         cost = max(reached / self.factor, self.factor / reached) * waste * max(elongation, 1.0) ** 0.2
         stride = tuple(choice.stride for choice in axes)
         is_perfect = all(choice.is_perfect for choice in axes)
-        return _Option((not is_perfect, round(100 * log(cost)), prod(stride), cost), waste, window, stride, tiling)
+        # Among equals compact tiles; the shapes at the end only make the order definite.
+        bulk = max(tiling.q_tile) + max(tiling.kv_tile)
+        shapes = (window, tiling.q_tile, tiling.kv_tile)
+        rank = (not is_perfect, round(100 * log(cost)), prod(stride), round(cost, 9), bulk, shapes)
+        return _Option(rank, waste, window, stride, tiling)
 
     def windows(self, kv_tile: tuple[int, ...], within: float) -> list[tuple[int, ...]]:
         """Windows whose FLOP-wise bound is within a factor of the wish."""
@@ -294,7 +298,7 @@ def _best(wish: _Wish, tilings: tuple[Tiling, ...], count: int) -> list[_Option]
         pool += [wish.option(tiling, window, axes) for axes in product(*wish.choices(tiling, window))]
     kept: dict[tuple[int, ...], list[_Option]] = {}
     # Ascending strides, so that whatever makes a larger one superfluous is met before it.
-    for option in sorted(pool, key=lambda option: (prod(option.stride), option.waste, option.rank)):
+    for option in sorted(pool, key=lambda option: (prod(option.stride), round(option.waste, 9), option.rank)):
         smaller = kept.setdefault(option.window, [])
         if all(option.waste < other.waste * (1 - 1e-12) for other in smaller):
             smaller.append(option)
@@ -332,7 +336,8 @@ def sweep(
     Args:
         grid: tokens per axis.
         hardware, tiling: of all estimates.
-        kernel_sizes: windows; by default one to seven eighths of the grid, rounded up to KV tiles.
+        kernel_sizes: windows; by default one to seven eighths of the grid, rounded up to KV tiles,
+            as far as that is not the whole grid.
         strides: by default 1, then the query tile's side on one axis after the other, the last axis first,
             then twice the query tile.
         fields: other fields of `Problem.grid`, such as `heads`.
@@ -340,7 +345,7 @@ def sweep(
     Example:
         >>> found = sweep((64, 96), Hardware.named("h100-sxm"), Tiling((8, 16), (8, 16)), kernel_sizes=[16, 32])
         >>> [f"{estimate.speedup.worst_tile:.0f}x" for estimate in found]
-        ['8x', '12x', '24x', '3x', '4x', '6x', '6x']
+        ['8x', '16x', '24x', '3x', '5x', '6x', '6x']
     """
     grid, rank = tuple(grid), len(tuple(grid))
     if len(tiling.q_tile) != rank:
@@ -353,7 +358,7 @@ def sweep(
             )
             for part in range(1, 8)
         ]
-        kernel_sizes = dict.fromkeys(eighths)
+        kernel_sizes = dict.fromkeys(window for window in eighths if window != grid)
     if strides is None:
         ladder = [(1,) * (rank - i) + tiling.q_tile[rank - i :] for i in range(rank + 1)]
         strides = dict.fromkeys([*ladder, tuple(2 * side for side in tiling.q_tile)])

@@ -27,10 +27,10 @@ from vicinal.plan import AxisPlan, Plan, Span
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
 
-SCORES = 2**18
+SCORES = 2**19
 """Scores held at a time, if one tile does not have more: 1 MiB in float32, about a core's L2 cache."""
 
-KEYS = 2**21
+KEYS = 2**23
 """Elements of gathered keys and values held at a time, likewise: about the last-level cache."""
 
 LN2 = math.log(2)
@@ -133,11 +133,27 @@ def by_group(tensor: Tensor, part: Part, dilation: Sequence[int]) -> Tensor:
     return tensor.permute(0, *range(1, end, 2), *range(end, tensor.ndim - 1), *range(2, end, 2), tensor.ndim - 1)
 
 
-def gather(view: Tensor, rows: slice, boxes: Sequence[Slices], dtype: torch.dtype) -> Tensor:
+@dataclass
+class Scratch:
+    """Named buffers, used again and again: fresh memory costs more to fault in than to compute on."""
+
+    dtype: torch.dtype
+    device: torch.device
+    held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The buffer of that name, contiguous, with whatever it held. The last one taken by the name is gone."""
+        size = prod(shape)
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self.held[name][:size].view(shape)
+
+
+def gather(view: Tensor, rows: slice, boxes: Sequence[Slices], scratch: Scratch, name: str) -> Tensor:
     """Copy boxes of `[.., *S, D]` into `[boxes, .., rows, tokens across, D]`."""
     shape = tuple(length(piece) for piece in (rows, *boxes[0]))
     lead = view.shape[: view.ndim - 1 - len(shape)]
-    copy = torch.empty(len(boxes), *lead, *shape, view.shape[-1], dtype=dtype, device=view.device)
+    copy = scratch.take(name, len(boxes), *lead, *shape, view.shape[-1])
     for target, box in zip(copy, boxes, strict=True):
         target.copy_(view[(..., rows, *box, slice(None))])
     return copy.view(len(boxes), *lead, shape[0], prod(shape[1:]), view.shape[-1])
@@ -175,7 +191,8 @@ class Masks:
     dtype: torch.dtype
     device: torch.device
     axes: dict[tuple[Pattern, int], Tensor] = field(default_factory=dict[tuple[Pattern, int], Tensor])
-    boxes: dict[tuple[Tile, ...], Tensor] = field(default_factory=dict[tuple[Tile, ...], Tensor])
+    columns: Sequence[Column] = ()
+    rows: dict[tuple[Pattern, int], Tensor | None] = field(default_factory=dict[tuple[Pattern, int], Tensor | None])
 
     def axis(self, tile: Tile) -> Tensor:
         """`[queries, keys]` along one axis."""
@@ -198,11 +215,15 @@ class Masks:
         return mask
 
     def chunk(self, row: Tile, columns: Sequence[Column]) -> Tensor | None:
-        """`[columns, queries, keys]` of one row."""
-        tiles = [(row, *column.tiles) for column in columns]
-        if all(run == (0, length(tile.keys)) for box in tiles for tile in box for run in tile.pattern):
-            return None
-        return torch.stack([self.product(box) for box in tiles])
+        """`[columns, 1, 1, queries, keys]` of one row. Rows away from the borders share theirs."""
+        if columns is not self.columns:
+            self.columns, self.rows = columns, {}
+        wanted = row.pattern, length(row.keys)
+        if wanted not in self.rows:
+            tiles = [(row, *column.tiles) for column in columns]
+            full = all(run == (0, length(tile.keys)) for box in tiles for tile in box for run in tile.pattern)
+            self.rows[wanted] = None if full else torch.stack([self.product(box) for box in tiles])[:, None, None]
+        return self.rows[wanted]
 
 
 # ---- chunks ---------------------------------------------------------------------------------------------
@@ -229,13 +250,13 @@ class Chunk:
     def keys(self) -> slice:
         return slice(self.rows[0].keys.start, max(row.keys.stop for row in self.rows))
 
-    def gather_queries(self, view: Tensor, dtype: torch.dtype) -> Tensor:
+    def gather_queries(self, view: Tensor, scratch: Scratch, name: str) -> Tensor:
         """`[columns, *units, G, rows, across, D]`"""
-        return gather(view[self.units], self.queries, [column.queries for column in self.columns], dtype)
+        return gather(view[self.units], self.queries, [column.queries for column in self.columns], scratch, name)
 
-    def gather_keys(self, view: Tensor, dtype: torch.dtype) -> Tensor:
+    def gather_keys(self, view: Tensor, scratch: Scratch, name: str) -> Tensor:
         """`[C, rows, across, D]`"""
-        copy = gather(view[self.units], self.keys, [column.keys for column in self.columns], dtype)
+        copy = gather(view[self.units], self.keys, [column.keys for column in self.columns], scratch, name)
         return copy.flatten(0, -4)
 
     def row_of_queries(self, gathered: Tensor, row: Tile) -> Tensor:
@@ -279,11 +300,12 @@ def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int) 
         count = min(batch, len(alike))
         held = KEYS // (width * across * count)
         for at in range(0, len(alike), count):
+            batched = alike[at : at + count]
             for some in slices(units, batch // count):
                 number = prod(length(piece) for piece in some)
                 slab = max((held // number - box) // tall, ceil_div(box, tall), 1)
                 for first in range(0, len(part.rows), slab):
-                    yield Chunk(part, some, alike[at : at + count], part.rows[first : first + slab], run)
+                    yield Chunk(part, some, batched, part.rows[first : first + slab], run)
 
 
 # ---- the arithmetic -----------------------------------------------------------------------------------
@@ -321,9 +343,10 @@ class Run:
     mask: Tensor | None  # [columns, 1 or units.., 1, queries or 1, keys]
 
 
-def scores(q: Tensor, run: Run, columns: int, groups: int) -> Tensor:
+def scores(q: Tensor, run: Run, columns: int, groups: int, scratch: Scratch) -> Tensor:
     """Scores in log2, `[C, G * queries, keys]`, -inf where a key is hidden."""
-    s = q @ run.k.transpose(1, 2)
+    s = scratch.take("scores", *q.shape[:2], run.k.shape[1])
+    torch.bmm(q, run.k.transpose(1, 2), out=s)
     if run.mask is not None:
         s.view(columns, -1, groups, s.shape[1] // groups, s.shape[2]).add_(run.mask)
     return s
@@ -343,6 +366,7 @@ class Pass:
         self.groups = problem.heads // problem.heads_kv
         self.log2_scale = problem.scale / LN2
         self.masks = Masks(self.dtype, query.device)
+        self.scratch = Scratch(self.dtype, query.device)
 
     def walk(self) -> Iterator[tuple[Views, Chunk]]:
         problem = self.plan.problem
@@ -359,16 +383,11 @@ class Pass:
 
         Runs are views of what was gathered, in the order of `Chunk.runs`.
         """
-        keys = chunk.gather_keys(views.keys(self.inputs.key), self.dtype)
-        values = chunk.gather_keys(views.keys(self.inputs.value), self.dtype)
+        keys = chunk.gather_keys(views.keys(self.inputs.key), self.scratch, "keys")
+        values = chunk.gather_keys(views.keys(self.inputs.value), self.scratch, "values")
         extra = self.additional(views, chunk)
-        masks: dict[tuple[Pattern, int], Tensor | None] = {}
         for row in chunk.rows:
-            pattern = row.pattern, length(row.keys)
-            if pattern not in masks:
-                mask = self.masks.chunk(row, chunk.columns)
-                masks[pattern] = None if mask is None else mask[:, None, None]
-            across, mask = keys.shape[2], masks[pattern]
+            across, mask = keys.shape[2], self.masks.chunk(row, chunk.columns)
             runs: list[Run] = []
             for piece in chunk.runs(row):
                 start = (piece.start - row.keys.start) * across
@@ -398,17 +417,20 @@ class Pass:
         return [Run(repeat(keys), repeat(values), mask)]
 
 
-def attend(q: Tensor, runs: Iterable[Run], columns: int, groups: int) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, runs: Iterable[Run], columns: int, groups: int, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """Softmax over the keys of all runs, one run at a time: `[C, rows, Dv]` and the log2-sum-exp2, `[C, rows, 1]`."""
     out = total = top = None
     for run in runs:
-        s = scores(q, run, columns, groups)
+        s = scores(q, run, columns, groups, scratch)
         highest = s.amax(-1, keepdim=True)
         if out is None or total is None or top is None:
             # A row may have no key in this run: keep its maximum finite, so that -inf - top stays -inf.
             top = highest.clamp_(min=torch.finfo(s.dtype).min)
             p = s.sub_(top).exp2_()
-            out, total = p @ run.v, p.sum(-1, keepdim=True)
+            out = torch.bmm(p, run.v, out=scratch.take("out", *p.shape[:2], run.v.shape[2]))
+            total = p.sum(-1, keepdim=True)
         else:
             highest = torch.maximum(highest, top)
             decay = (top - highest).exp2_()
@@ -437,11 +459,12 @@ class Blocked:
         out = query.new_empty(*query.shape[:-1], problem.head_dim_v)
         lse = query.new_empty(*query.shape[:-1], 1, dtype=work.dtype)
         for views, chunk in work.walk():
-            q = chunk.gather_queries(views.queries(query), work.dtype).mul_(work.log2_scale)
-            o = q.new_empty(*q.shape[:-1], problem.head_dim_v)
-            sums = q.new_empty(*q.shape[:-1], 1)
+            q = chunk.gather_queries(views.queries(query), work.scratch, "q").mul_(work.log2_scale)
+            o = work.scratch.take("o", *q.shape[:-1], problem.head_dim_v)
+            sums = work.scratch.take("lse", *q.shape[:-1], 1)
             for row, runs in work.rows(views, chunk):
-                found, total = attend(chunk.row_of_queries(q, row), runs, len(chunk.columns), work.groups)
+                q_row = chunk.row_of_queries(q, row)
+                found, total = attend(q_row, runs, len(chunk.columns), work.groups, work.scratch)
                 chunk.put_row(found, o, row)
                 chunk.put_row(total, sums, row)
             boxes = [column.queries for column in chunk.columns]
@@ -489,49 +512,60 @@ class Backward(Pass):
     ) -> None:
         """Add one chunk's share to the gradients."""
 
-        def take(tensor: Tensor) -> Tensor:
-            return chunk.gather_queries(views.queries(tensor), self.dtype)
+        def take(tensor: Tensor, name: str) -> Tensor:
+            return chunk.gather_queries(views.queries(tensor), self.scratch, name)
 
-        q, do = take(self.inputs.query).mul_(self.log2_scale), take(grad_out)
-        delta = (take(output.out) * do).sum(-1, keepdim=True)
+        q, do = take(self.inputs.query, "q").mul_(self.log2_scale), take(grad_out, "do")
+        delta = take(output.out, "o").mul_(do).sum(-1, keepdim=True)
         if grad_lse is not None:
-            delta -= take(grad_lse[..., None])
-        lse = take(output.lse[..., None]).div_(LN2)
-        grad_q = torch.empty_like(q)
-        sums = self.empty_sums(views, chunk)
+            delta -= take(grad_lse[..., None], "dlse")
+        lse = take(output.lse[..., None], "lse").div_(LN2)
+        grad_q = self.scratch.take("dq", *q.shape)
+        sums = self.zero_sums(chunk)
         for row, runs in self.rows(views, chunk):
             rows = [chunk.row_of_queries(tensor, row) for tensor in (q, do, delta, lse)]
-            found = [self.tile(*rows, run, len(chunk.columns)) for run in runs]
-            grad = found[0][0]
-            for more, _, _ in found[1:]:
-                grad = grad.add_(more)
+            boxes = [chunk.run_of_keys(tensor, piece) for piece in chunk.runs(row) for tensor in sums[:2]]
+            targets = [*boxes, *sums[2:]]
+            grad = self.scratch.take("dq row", *rows[0].shape).zero_()
+            for run, dk, dv in zip(runs, targets[::2], targets[1::2], strict=True):
+                self.tile(*rows, run, len(chunk.columns), grad, dk, dv)
             chunk.put_row(grad, grad_q, row)
-            targets = [chunk.run_of_keys(tensor, piece) for piece in chunk.runs(row) for tensor in sums[:2]]
-            for target, tensor in zip([*targets, *sums[2:]], [t for f in found for t in f[1:]], strict=True):
-                target.add_(tensor)
         boxes = [column.queries for column in chunk.columns]
         scatter(grad_q.mul_(self.plan.problem.scale), views.queries(dq)[chunk.units], chunk.queries, boxes)
         self.collect(views, chunk, sums, summed)
 
     def tile(
-        self, q: Tensor, do: Tensor, delta: Tensor, lse: Tensor, run: Run, columns: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`ds k`, `ds^T q` and `p^T do` of one row and one run of keys."""
-        p = scores(q, run, columns, self.groups).sub_(lse).exp2_()
-        dv = p.transpose(1, 2) @ do
-        ds = (do @ run.v.transpose(1, 2)).sub_(delta).mul_(p)
-        return ds @ run.k, ds.transpose(1, 2) @ q, dv
+        self,
+        q: Tensor,
+        do: Tensor,
+        delta: Tensor,
+        lse: Tensor,
+        run: Run,
+        columns: int,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Add `ds k`, `ds^T q` and `p^T do` of one row and one run of keys."""
+        p = scores(q, run, columns, self.groups, self.scratch).sub_(lse).exp2_()
+        dv.add_(torch.bmm(p.transpose(1, 2), do, out=self.scratch.take("dv row", *run.v.shape)))
+        ds = torch.bmm(do, run.v.transpose(1, 2), out=self.scratch.take("ds", *p.shape)).sub_(delta).mul_(p)
+        dk.add_(torch.bmm(ds.transpose(1, 2), q, out=self.scratch.take("dk row", *run.k.shape)))
+        dq.baddbmm_(ds, run.k)
 
-    def empty_sums(self, views: Views, chunk: Chunk) -> list[Tensor]:
+    def zero_sums(self, chunk: Chunk) -> list[Tensor]:
         """Zeros for the gathered keys and values, and for the additional ones if there are any."""
-        problem, inputs = self.plan.problem, self.inputs
+        problem = self.plan.problem
         across = prod(length(piece) for piece in chunk.columns[0].keys)
         batch = len(chunk.columns) * prod(length(piece) for piece in chunk.units)
-        shapes = [(batch, length(chunk.keys), across), (batch, problem.additional)]
+        shapes = {"keys": (batch, length(chunk.keys), across)}
+        if problem.additional:
+            shapes["additional"] = (batch, problem.additional)
+        widths = {"d k": problem.head_dim, "d v": problem.head_dim_v}
         return [
-            inputs.query.new_zeros(*shape, width, dtype=self.dtype)
-            for shape in shapes[: 2 if problem.additional else 1]
-            for width in (problem.head_dim, problem.head_dim_v)
+            self.scratch.take(f"{of} of {keys}", *shape, width).zero_()
+            for keys, shape in shapes.items()
+            for of, width in widths.items()
         ]
 
     def collect(self, views: Views, chunk: Chunk, sums: Sequence[Tensor], summed: Sequence[Tensor | None]) -> None:

@@ -50,7 +50,7 @@ def draw(pictures: Pictures, result: Result, path: Path) -> Path:
     height, width = pictures.clean.shape[:2]
     side = 3.1
     with rc_context({"font.size": 10, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(side * len(columns) + 0.4, side * height / width + side + 1.75), layout="constrained")
+        figure = Figure(figsize=(side * len(columns) + 0.4, side * height / width + side + 1.2), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.04, h_pad=0.05, wspace=0.01, hspace=0.02)  # pyright: ignore[reportOptionalMemberAccess]
         panels = figure.subplots(2, len(columns), height_ratios=[height / width, 1])
         for column, (name, note, picture) in enumerate(columns):
@@ -61,7 +61,7 @@ def draw(pictures: Pictures, result: Result, path: Path) -> Path:
             )
             _frame(panels[0, column], pictures.crop, "white" if column != 2 else INK)
             _picture(panels[1, column], picture[pictures.crop])
-        _window(panels[1, 0], pictures, annotate=True)
+        _window(panels[1, 0], pictures)
         _attention(panels[1, 1], pictures)
         figure.suptitle(_headline(result), x=0.008, ha="left", fontsize=12, color=INK)
         figure.supxlabel(_footnote(result), x=0.008, ha="left", fontsize=9, color=SOFT)
@@ -86,7 +86,7 @@ def _frame(panel: Any, crop: Any, colour: str) -> None:
     )
 
 
-def _window(panel: Any, pictures: Pictures, annotate: bool) -> None:
+def _window(panel: Any, pictures: Pictures) -> None:
     """The search window around the crop's middle."""
     from matplotlib.patches import Rectangle
 
@@ -97,17 +97,7 @@ def _window(panel: Any, pictures: Pictures, annotate: bool) -> None:
     panel.add_patch(
         Rectangle((x - reach - 0.5, y - reach - 0.5), side, side, fill=False, edgecolor=ACCENT, linewidth=1.8)
     )
-    if annotate:
-        panel.text(
-            x,
-            y + reach + 4,
-            f"one query's window: {side}x{side} keys",
-            ha="center",
-            va="top",
-            color="white",
-            fontsize=9,
-            bbox={"facecolor": ACCENT, "edgecolor": "none", "boxstyle": "round,pad=0.25"},
-        )
+    _label(panel, 0.03, f"one query's window: {side}x{side} keys")
 
 
 def _attention(panel: Any, pictures: Pictures) -> None:
@@ -119,16 +109,13 @@ def _attention(panel: Any, pictures: Pictures) -> None:
     for spine in inset.spines.values():
         spine.set_color(ACCENT)
         spine.set_linewidth(1.8)
-    panel.text(
-        0.03,
-        0.41,
-        "its attention weights",
-        transform=panel.transAxes,
-        color="white",
-        fontsize=9,
-        va="bottom",
-        bbox={"facecolor": ACCENT, "edgecolor": "none", "boxstyle": "round,pad=0.25"},
-    )
+    _label(panel, 0.41, "its attention weights")
+
+
+def _label(panel: Any, height: float, text: str) -> None:
+    """Words on the left of a panel, at a height from 0 to 1."""
+    box = {"facecolor": ACCENT, "edgecolor": "none", "boxstyle": "round,pad=0.25"}
+    panel.text(0.03, height, text, transform=panel.transAxes, color="white", fontsize=9, va="bottom", bbox=box)
 
 
 def _headline(result: Result) -> str:

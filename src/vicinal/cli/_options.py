@@ -93,7 +93,7 @@ def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
 
     # typer reads options off the signature, and their types off the annotations.
     options = [option.replace(kind=option.KEYWORD_ONLY) for option in (*shared.values(), *own)]
-    setattr(with_problem, "__signature__", inspect.Signature(options))
+    with_problem.__signature__ = inspect.Signature(options)
     with_problem.__annotations__ = {option.name: option.annotation for option in options}
     delattr(with_problem, "__wrapped__")
     return with_problem
@@ -116,7 +116,9 @@ def tiling_of(
 
     if q_tile is not None and kv_tile is not None:
         tiles = {"q_tile": each(q_tile, "q_tile"), "kv_tile": each(kv_tile, "kv_tile")}
-        return Tiling(**{name: canonical(tile, problem.rank, name) for name, tile in tiles.items()}, kv_origin=kv_origin)
+        return Tiling(
+            **{name: canonical(tile, problem.rank, name) for name, tile in tiles.items()}, kv_origin=kv_origin
+        )
     if q_tile is not None or kv_tile is not None:
         given, missing = ("q_tile", "kv_tile") if kv_tile is None else ("kv_tile", "q_tile")
         raise InvalidProblem(f"{given} came without {missing}; give both, or neither for the backend's own")

@@ -70,9 +70,12 @@ def denoise(
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write, .png; the plan's figure goes beside it.")]
-    = Path("vicinal-demo.png"),
-    picture: Annotated[str, typer.Option(help="astronaut, chelsea, coffee or camera, from scikit-image.")] = "astronaut",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Picture to write, .png; the plan's figure goes beside it.")
+    ] = Path("vicinal-demo.png"),
+    picture: Annotated[
+        str, typer.Option(help="astronaut, chelsea, coffee or camera, from scikit-image.")
+    ] = "astronaut",
     sigma: Annotated[float, typer.Option(help="Noise to add: standard deviation, as a fraction of full range.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     as_json: Json = False,

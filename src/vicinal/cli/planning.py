@@ -36,9 +36,7 @@ def explain(problem: "Problem", hardware: Device = None, backend: Backend = None
     found = explain(problem, device, backend)
     if as_json:
         backends = [{"name": name, "runs": not why, "reasons": why} for name, why in found.reasons]
-        say_json(
-            {"problem": facts(problem), "hardware": device.name, "chosen": found.chosen, "backends": backends}
-        )
+        say_json({"problem": facts(problem), "hardware": device.name, "chosen": found.chosen, "backends": backends})
     else:
         say(f"{problem}, {problem.dtype}, on {device.name}")
         say(found)

@@ -2,7 +2,6 @@
 
 import platform
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -88,3 +87,7 @@ def doctor(as_json: Json = False) -> None:
     for device in found["devices"]:
         rows = [(name, "yes" if not why else "no", "; ".join(why)) for name, why in device["backends"].items()]
         table(f"{device['device']}: {device['name']}", ("backend", "runs", "why not"), rows)
+
+
+def bench() -> None:
+    """Run a suite."""
