@@ -6,6 +6,8 @@ from vicinal.functional import attention_with_lse, merge_attentions, na1d, na2d,
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan, make_plan
 from vicinal.problem import Problem
+from vicinal.simulate import simulate
+from vicinal.suggest import suggest
 from vicinal.tiling import Tiling
 
 __version__ = "0.1.0"
@@ -25,4 +27,6 @@ __all__ = [
     "na2d",
     "na3d",
     "neighborhood_attention",
+    "simulate",
+    "suggest",
 ]

@@ -27,10 +27,10 @@ from vicinal.plan import AxisPlan, Plan, Span
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
 
-SCORES = 2**19
+SCORES = 2**18
 """Scores held at a time, if one tile does not have more: 1 MiB in float32, about a core's L2 cache."""
 
-KEYS = 2**23
+KEYS = 2**22
 """Elements of gathered keys and values held at a time, likewise: about the last-level cache."""
 
 LN2 = math.log(2)

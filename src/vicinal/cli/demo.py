@@ -256,8 +256,8 @@ def _against_dense(crop: NDArray[np.float32], sigma: float) -> tuple[float, floa
 
     pixels = torch.from_numpy(crop).reshape(*crop.shape[:2], -1)
     features = Features.of(pixels.movedim(-1, 0).contiguous(), (PATCH, PATCH), COMPONENTS, sigma)
-    query = pad(features.rows(0, crop.shape[0]), (0, 1))[None, :, :, None] / (STRENGTH * sigma)
-    value = pixels[None, :, :, None]
+    query = (pad(features.rows(0, crop.shape[0]), (0, 1)) / (STRENGTH * sigma)).contiguous()[None, :, :, None]
+    value = pixels[None, :, :, None]  # [1, H, W, 1, C]
     # Its fast kernel wants values as long as queries; zeros beside the pixels cost it less than the slow one.
     wide = pad(value, (0, query.shape[-1] - value.shape[-1]))
     q, v = (tensor.flatten(1, 2).transpose(1, 2).contiguous() for tensor in (query, wide))  # [1, 1, tokens, D]

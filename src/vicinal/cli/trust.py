@@ -2,12 +2,14 @@
 
 import platform
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vicinal.cli._console import Json, progress, say, say_json, table
 from vicinal.cli._options import Backend
+from vicinal.errors import InvalidProblem
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "typer", "rich", "matplotlib", "scikit-image", "nibabel")
 """What the library or its commands use, required or not."""
@@ -89,5 +91,44 @@ def doctor(as_json: Json = False) -> None:
         table(f"{device['device']}: {device['name']}", ("backend", "runs", "why not"), rows)
 
 
-def bench() -> None:
-    """Run a suite."""
+def bench(
+    suite: Annotated[str, typer.Option(help="Which problems: smoke (seconds), cpu (minutes), ...")] = "smoke",
+    backend: Annotated[
+        list[str] | None, typer.Option("--backend", "-b", help="Only this backend or peer; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="Time to spend on each case and pass, at least.")] = 4.0,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    save: Annotated[Path | None, typer.Option(help="Folder for a CSV; plot benchmark draws it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a suite: everyone in turn, answers checked before any time is taken."""
+    from dataclasses import asdict
+
+    from vicinal.bench import results, run, specs
+    from vicinal.bench.table import table as in_rows
+    from vicinal.cli._machine import torch_device
+
+    if seconds <= 0 or threads < 1:
+        raise InvalidProblem(f"seconds must be above 0 and threads at least 1, got {seconds} and {threads}")
+    problems, place = specs.suite(suite), torch_device(device)
+    effort = run.Effort(seconds=seconds, threads=threads)
+    with progress(f"measuring {suite}") as update:
+        rows = run.run(
+            problems,
+            device=place,
+            only=tuple(backend or ()),
+            effort=effort,
+            progress=lambda text, step, steps: update(step, steps, text),
+        )
+    if as_json:
+        say_json([{name.rstrip("_"): value for name, value in asdict(row).items()} for row in rows])
+    else:
+        head, body = in_rows(rows)
+        table(f"suite {suite} on {rows[0].device}: medians; speed-ups are over dense attention", head, body)
+    if save is not None:
+        written = results.save(rows, save)
+        if not as_json:
+            say(f"wrote {written}")
+    if any(row.is_red for row in rows):
+        raise typer.Exit(1)

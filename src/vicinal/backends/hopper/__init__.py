@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vicinal.backends.base import Inputs, Output
 from vicinal.backends.hopper.cost import ranked_tilings
-from vicinal.backends.hopper.launch import Launch, Layout, is_mappable
+from vicinal.backends.hopper.launch import ALIGNMENT, Launch, can_map, is_mappable, layouts_of
 from vicinal.backends.hopper.variant import variant_of
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
@@ -61,43 +62,51 @@ class Hopper:
         Raises:
             Unsupported: if its tiling is not one that the kernels can be cut into.
         """
-        query, key, value = inputs.query, inputs.key, inputs.value
-        if plan.problem.scale < 0:
+        problem, query = plan.problem, inputs.query
+        if problem.scale < 0:
             query = -query  # masks need a positive scale, see `launch.kernel_scale`
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-        if plan.problem.batch == 0:
+        if problem.batch == 0:
             return Output(out, lse)
-        tensors = [mappable(query), mappable(key), mappable(value), out]
-        lengths = inputs.additional_lengths
-        if plan.problem.additional:
-            more = inputs.additional_keys, inputs.additional_values
+        tensors, lengths = [query, inputs.key, inputs.value, out], inputs.additional_lengths
+        if problem.additional:
+            assert inputs.additional_keys is not None and inputs.additional_values is not None
+            more = [inputs.additional_keys, inputs.additional_values]
             if lengths is not None:
                 lengths = lengths.to(torch.int32)
-                more = tuple(zero_from(tensor, lengths) for tensor in more)
-            tensors += [mappable(tensor) for tensor in more]
+                more = [zero_from(tensor, lengths) for tensor in more]
+            tensors += more
         device = query.device.index
-        launch = prepare(plan, tuple(Layout.of(tensor) for tensor in tensors), device)
-        with torch.cuda.device(device):
-            launch(
-                [tensor.data_ptr() for tensor in tensors],
-                lse.data_ptr(),
-                0 if lengths is None else lengths.data_ptr(),
-                torch._C._cuda_getCurrentRawStream(device),
-            )
+        launch, addresses = prepare(plan, tensors, device)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        on_device(launch, device, addresses, lse.data_ptr(), 0 if lengths is None else lengths.data_ptr(), stream)
         return Output(out, lse)
 
 
+def prepare(plan: Plan, tensors: list[Tensor], device: int) -> tuple[Launch, list[int]]:
+    """A launch for these tensors and their addresses. Tensors that cannot be read in place are copied, in `tensors`."""
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    launch = on_device(prepared, device, plan, tuple([tensor.stride() for tensor in tensors]), device)
+    if launch is None or any(address % ALIGNMENT for address in addresses):
+        tensors[:] = [tensor if is_mappable(tensor) else tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        return prepare(plan, tensors, device)
+    return launch, addresses
+
+
 @lru_cache(maxsize=1024)
-def prepare(plan: Plan, layouts: tuple[Layout, ...], device: int) -> Launch:
-    """The launch of `plan` on tensors that lie like this; built once."""
+def prepared(plan: Plan, strides: tuple[tuple[int, ...], ...], device: int) -> Launch | None:
+    """The launch of `plan` on tensors with these strides, built once; None if one of them must be copied first."""
+    layouts = layouts_of(plan.problem, strides)
+    return Launch(plan, variant_of(plan), layouts, device) if all(map(can_map, layouts)) else None
+
+
+def on_device(run: Callable[..., Any], device: int, *args: Any) -> Any:
+    """`run(*args)` with `device` current. Entering a device costs as much as a launch, so it is avoided."""
+    if torch._C._cuda_getDevice() == device:
+        return run(*args)
     with torch.cuda.device(device):
-        return Launch(plan, variant_of(plan), layouts, device)
-
-
-def mappable(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if the tensor engine cannot read it where it lies."""
-    return tensor if is_mappable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+        return run(*args)
 
 
 def zero_from(tensor: Tensor, lengths: Tensor) -> Tensor:

@@ -88,11 +88,13 @@ def producer(block, query, key, value, more_key, more_value, V: gl.constexpr):
     w = 0
     for i in range(boxes + block.counts[1]):
         mbarrier.wait(keys.free.index(slot), phase ^ 1)
+        mbarrier.expect(keys.full.index(slot), key.block_type.nbytes)
         load_next(key, more_key, block.columns[1], block.columns[3], tile, boxes, i, t, h, w, keys.full.index(slot), keys.slots.index(slot), V)  # fmt: skip
         if i == 0:
             for number in gl.static_range(gl.constexpr(V.consumers)):
                 load_queries(query, block.columns[0], tile, block.q_full.index(number), block.q_smem.index(number), V, number)
         mbarrier.wait(values.free.index(slot), phase ^ 1)
+        mbarrier.expect(values.full.index(slot), value.block_type.nbytes)
         load_next(value, more_value, block.columns[2], block.columns[4], tile, boxes, i, t, h, w, values.full.index(slot), values.slots.index(slot), V)  # fmt: skip
         t, h, w = next_box(t, h, w, tile)
         slot, phase = next_slot(slot, phase, V.stages)

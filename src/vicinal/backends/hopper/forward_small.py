@@ -37,6 +37,15 @@ from vicinal.backends.hopper.tile import (
 )
 
 
+@gluon.jit
+def load_both(sources, columns, tile, counts, i, t, h, w, barrier, k_smem, v_smem, V: gl.constexpr):
+    """Start to load the `i`-th tile of keys and values into a slot that this warp has read."""
+    mbarrier.expect(barrier, 2 * sources[0].block_type.nbytes)
+    gl.thread_barrier()  # until the other warps have read it too
+    load_next(sources[0], sources[2], columns[1], columns[3], tile, counts[0], i, t, h, w, barrier, k_smem, V)
+    load_next(sources[1], sources[3], columns[2], columns[4], tile, counts[0], i, t, h, w, barrier, v_smem, V)
+
+
 @gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "scale"])
 def forward_small(
     query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, heads_per_key, additional, scale,
@@ -50,22 +59,19 @@ def forward_small(
     q_smem = gl.allocate_shared_memory(query.dtype, query.block_type.shape, query.layout)
     k_smem = gl.allocate_shared_memory(key.dtype, [V.stages] + key.block_type.shape, key.layout)
     v_smem = gl.allocate_shared_memory(value.dtype, [V.stages] + value.block_type.shape, value.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [V.stages, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [V.stages, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full.index(0), 1)
-    for i in gl.static_range(gl.constexpr(V.stages)):
-        mbarrier.init(k_full.index(i), 1)
-        mbarrier.init(v_full.index(i), 1)
+    full = gl.allocate_shared_memory(gl.int64, [V.stages + 1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(gl.constexpr(V.stages + 1)):
+        mbarrier.init(full.index(i), 1)
     fence_async_shared()
-    load_queries(query, columns[0], tile, q_full.index(0), q_smem, V, 0)
+    q_full = full.index(V.stages)
+    load_queries(query, columns[0], tile, q_full, q_smem, V, 0)
+    sources = (key, value, more_key, more_value)
     next_t = 0
     next_h = 0
     next_w = 0
     for i in gl.static_range(gl.constexpr(V.stages)):
         if i < n:
-            load_next(key, more_key, columns[1], columns[3], tile, counts[0], i, next_t, next_h, next_w, k_full.index(i), k_smem.index(i), V)
-            load_next(value, more_value, columns[2], columns[4], tile, counts[0], i, next_t, next_h, next_w, v_full.index(i), v_smem.index(i), V)
+            load_both(sources, columns, tile, counts, i, next_t, next_h, next_w, full.index(i), k_smem.index(i), v_smem.index(i), V)  # fmt: skip
         next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile)
 
     layout: gl.constexpr = scores_layout(V)
@@ -81,25 +87,20 @@ def forward_small(
     w = 0
     slot = 0
     phase = 0
-    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(q_full, 0)
     for i in range(n):
         in_window = i < counts[0]
-        mbarrier.wait(k_full.index(slot), phase)
+        mbarrier.wait(full.index(slot), phase)
         scores = start_scores(q, k_smem.index(slot), mask, code, t, h, w, in_window, V)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        if i + V.stages < n:
-            gl.thread_barrier()  # all four warps have read the slot
-            load_next(key, more_key, columns[1], columns[3], tile, counts[0], i + V.stages, next_t, next_h, next_w, k_full.index(slot), k_smem.index(slot), V)
         scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
         weights, rescale, peak, total = exponentiate(scores, peak, total, scale)
         p = as_operand(weights, query.dtype, V)
         acc = acc * per_row(rescale, V)
-        mbarrier.wait(v_full.index(slot), phase)
         result = warpgroup_mma(p, v_smem.index(slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[result])
         if i + V.stages < n:
-            gl.thread_barrier()
-            load_next(value, more_value, columns[2], columns[4], tile, counts[0], i + V.stages, next_t, next_h, next_w, v_full.index(slot), v_smem.index(slot), V)
+            load_both(sources, columns, tile, counts, i + V.stages, next_t, next_h, next_w, full.index(slot), k_smem.index(slot), v_smem.index(slot), V)  # fmt: skip
         next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile)
         t, h, w = next_box(t, h, w, tile)
         slot, phase = next_slot(slot, phase, V.stages)

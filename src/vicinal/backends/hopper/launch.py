@@ -18,7 +18,7 @@ from vicinal._tuples import ceil_div
 from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Variant, three_axes
 from vicinal.errors import Unsupported
 from vicinal.plan import Plan
-from vicinal.problem import Axis
+from vicinal.problem import Axis, Problem
 
 RANK = 5  # of a tensor map: batch, three axes, and heads with their elements
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
@@ -83,23 +83,28 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    @classmethod
-    def of(cls, tensor: Any) -> Layout:
-        """Of `[B, *S, H, D]`, with leading axes of one token added."""
-        pad = 6 - tensor.dim()
-        shape, strides = tuple(tensor.shape), tensor.stride()
-        return cls(shape[:1] + (1,) * pad + shape[1:], strides[:1] + (0,) * pad + strides[1:])
+
+def layouts_of(problem: Problem, strides: Sequence[tuple[int, ...]]) -> list[Layout]:
+    """Of query, key, value, out and the additional keys and values, leading axes of one token added."""
+    queries, keys = (problem.heads, problem.head_dim), (problem.heads_kv, problem.head_dim)
+    grid, more = problem.shape, (problem.additional,)
+    shapes = [(*grid, *queries), (*grid, *keys), (*grid, *keys), (*grid, *queries), (*more, *keys), (*more, *keys)]
+    return [
+        Layout((problem.batch, *(1,) * (5 - len(shape)), *shape), (step[0], *(0,) * (5 - len(shape)), *step[1:]))
+        for shape, step in zip(shapes, strides, strict=False)
+    ]
+
+
+def can_map(layout: Layout) -> bool:
+    """Whether the tensor engine can read a tensor that lies like this, if its address is aligned."""
+    *outer, inner = layout.strides
+    steps = [2 * step for step, size in zip(outer, layout.shape[:-1], strict=True) if size > 1]
+    return inner == 1 and all(0 < step < LARGEST_STRIDE and step % ALIGNMENT == 0 for step in steps)
 
 
 def is_mappable(tensor: Any) -> bool:
     """Whether the tensor engine can read `tensor` where it lies; otherwise it is copied first."""
-    *outer, inner = tensor.stride()
-    used = [stride for stride, size in zip(outer, tensor.shape[:-1], strict=True) if size > 1]
-    return (
-        inner == 1
-        and tensor.data_ptr() % ALIGNMENT == 0
-        and all(stride > 0 and stride * 2 % ALIGNMENT == 0 and stride * 2 < LARGEST_STRIDE for stride in used)
-    )
+    return tensor.data_ptr() % ALIGNMENT == 0 and can_map(Layout(tuple(tensor.shape), tensor.stride()))
 
 
 class Geometry(NamedTuple):
@@ -259,4 +264,4 @@ def kernel_scale(scale: float) -> float:
     Hidden scores are hidden by what they lack *before* scaling, so the scale must stay positive: 0 becomes
     a number so small that every visible weight is exactly 1, and is still large enough to hide.
     """
-    return max(scale * LOG2_E, 2.0**-80)
+    return max(abs(scale) * LOG2_E, 2.0**-80)

@@ -12,11 +12,14 @@ NEVER = gl.constexpr(-(2.0**100))
 
 
 @gluon.jit
-def row_window(row, span, axis):
+def row_window(row, span, axis, IS_CAUSAL: gl.constexpr):
     """Window of row `row` of a query tile, relative to the span's origin: start and length."""
     member = gl.minimum(span.first + row, span.members - 1)
     start = window_start(member, span.members, axis)
-    return start - span.origin, window_stop(member, span.members, axis) - start
+    if IS_CAUSAL:
+        return start - span.origin, window_stop(member, span.members, axis) - start
+    else:
+        return start - span.origin, axis.kernel_size  # of all rows, which saves registers
 
 
 @gluon.jit
@@ -25,9 +28,9 @@ def row_windows(rows, tile, axes, V: gl.constexpr, consumer: gl.constexpr):
     t = rows // (V.box[1] * V.box[2]) + (consumer * V.box[0] if V.stack == 0 else 0)
     h = rows // V.box[2] % V.box[1] + (consumer * V.box[1] if V.stack == 1 else 0)
     w = rows % V.box[2] + (consumer * V.box[2] if V.stack == 2 else 0)
-    t_start, t_size = row_window(t, tile.t, axes[0])
-    h_start, h_size = row_window(h, tile.h, axes[1])
-    w_start, w_size = row_window(w, tile.w, axes[2])
+    t_start, t_size = row_window(t, tile.t, axes[0], V.is_causal)
+    h_start, h_size = row_window(h, tile.h, axes[1], V.is_causal)
+    w_start, w_size = row_window(w, tile.w, axes[2], V.is_causal)
     return t_start, t_size, h_start, h_size, w_start, w_size
 
 

@@ -177,7 +177,6 @@ def query_place(tile, column, V: gl.constexpr, consumer: gl.constexpr):
 @gluon.jit
 def load_keys(desc, column, tile, t, h, w, barrier, smem, V: gl.constexpr):
     """Start to load box `(t, h, w)` of keys or values. Keys past the grid's end arrive as zeros."""
-    mbarrier.expect(barrier, desc.block_type.nbytes)
     place = [
         tile.batch,
         tile.t.origin + tile.t.shift + t * V.kv_box[0],
@@ -191,14 +190,16 @@ def load_keys(desc, column, tile, t, h, w, barrier, smem, V: gl.constexpr):
 @gluon.jit
 def load_additional(desc, column, tile, number, barrier, smem, V: gl.constexpr):
     """Start to load the `number`-th tile of additional keys or values."""
-    mbarrier.expect(barrier, desc.block_type.nbytes)
     flat = smem.reshape([1, 1, 1, V.keys, V.head_dim])
     load_box(desc, [tile.batch, 0, 0, number * V.keys, column], barrier, flat)
 
 
 @gluon.jit
 def load_next(desc, more, column, more_column, tile, boxes, i, t, h, w, barrier, smem, V: gl.constexpr):
-    """Start to load the `i`-th tile of keys or values: box `(t, h, w)`, or additional ones after the last box."""
+    """Start to load the `i`-th tile of keys or values: box `(t, h, w)`, or additional ones after the last box.
+
+    The caller has told the barrier what to expect.
+    """
     if V.has_additional:
         if i < boxes:
             load_keys(desc, column, tile, t, h, w, barrier, smem, V)

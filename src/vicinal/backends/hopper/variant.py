@@ -56,6 +56,7 @@ class Variant:
         kv_box: keys of one tile along each axis.
         stages: KV tiles in flight.
         mask: `"none"`, `"coded"` (on the tensor core) or `"select"` (on tiles that need one).
+        is_causal: whether some axis is causal, so that rows have windows of different lengths.
         has_additional: whether there are additional keys.
         max_registers: cap per thread, so that more blocks share a multiprocessor; 0 for none.
     """
@@ -69,6 +70,7 @@ class Variant:
     kv_box: tuple[int, int, int]
     stages: int
     mask: str
+    is_causal: bool = False
     has_additional: bool = False
     max_registers: int = 0
 
@@ -190,6 +192,7 @@ def variant_of(plan: Plan) -> Variant:
         kv_box=kv_box,
         stages=2 if consumers < 3 else 3,
         mask=mask,
+        is_causal=mask != "none" and any(problem.is_causal),
         has_additional=problem.additional > 0,
         max_registers=_cap(consumers, keys, problem.head_dim),
     )

@@ -1,0 +1,35 @@
+# `make demo` and `make test` set everything up by themselves on a machine with Python and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check lint types unit bench clean
+
+demo: $(READY)
+	$(BIN)/vicinal demo --out out
+
+test: lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(READY)
+	$(BIN)/pyright
+
+# One thread a worker: with more, two workers on two cores spend their time waiting for each other.
+unit: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+bench: $(READY)
+	$(BIN)/vicinal bench --suite cpu
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+clean:
+	rm -rf .venv out dist build .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,152 @@
+"""Neighborhood attention as a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vicinal._tuples import canonical
+from vicinal.errors import InvalidProblem
+from vicinal.functional import Each, neighborhood_attention
+from vicinal.nn.rope import Rotary
+from vicinal.problem import WHOLE
+
+
+class NeighborhoodAttention(nn.Module):
+    """Project to queries, keys and values, attend in windows, project back.
+
+        y = proj(neighborhood_attention(rotary(norm(q)), rotary(norm(k)), v)),   q, k, v = qkv(x)
+
+    Takes and gives `[B, *S, C]`, channels last. An axis shorter than `kernel_size * dilation` is
+    attended to as a whole, so that weights work at any resolution. Parameters are named as NATTEN's
+    (`qkv`, `proj`), whose weights load as they are.
+
+    Args:
+        embed_dim: channels `C`.
+        num_heads: query heads; must divide `embed_dim`.
+        kernel_size, stride, dilation, is_causal: as in `neighborhood_attention`; one value per axis,
+            or one for all.
+        rank: spatial axes; needed only where no argument is given per axis.
+        qkv_bias: whether the input projection has a bias.
+        qk_scale: multiplies the scores; `None` is `head_dim ** -0.5`.
+        proj_drop: dropout after the output projection.
+        num_heads_kv: key/value heads; must divide `num_heads`, which is also the default.
+        qk_norm: whether queries and keys are RMS-normalised per head, with a learnt gain each.
+        rotary: whether they are turned by their place (see `Rotary`).
+        backend: insist on a backend by name.
+
+    Raises:
+        InvalidProblem: if the arguments do not fit each other or, when called, the input.
+
+    Example:
+        >>> layer = NeighborhoodAttention(32, num_heads=4, kernel_size=(7, 5), rotary=True)
+        >>> layer(torch.randn(2, 12, 20, 32)).shape, layer(torch.randn(2, 3, 4, 32)).shape
+        (torch.Size([2, 12, 20, 32]), torch.Size([2, 3, 4, 32]))
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: Each[int],
+        stride: Each[int] = 1,
+        dilation: Each[int] = 1,
+        is_causal: Each[bool] = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        *,
+        rank: int | None = None,
+        num_heads_kv: int | None = None,
+        qk_norm: bool = False,
+        rotary: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        windows = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
+        self.rank = _rank(rank, windows)
+        self.kernel_size: tuple[int, ...] = canonical(kernel_size, self.rank, "kernel_size")
+        self.stride: tuple[int, ...] = canonical(stride, self.rank, "stride")
+        self.dilation: tuple[int, ...] = canonical(dilation, self.rank, "dilation")
+        self.is_causal: tuple[bool, ...] = canonical(is_causal, self.rank, "is_causal", bool)
+        for size, step in zip(self.kernel_size, self.stride, strict=True):
+            if size != WHOLE and not 1 <= step <= size:
+                raise InvalidProblem(f"stride must lie in [1, kernel_size] = [1, {size}] on every axis, got {step}")
+        self.num_heads, self.num_heads_kv = num_heads, num_heads if num_heads_kv is None else num_heads_kv
+        if num_heads < 1 or embed_dim % num_heads:
+            raise InvalidProblem(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
+        if self.num_heads_kv < 1 or num_heads % self.num_heads_kv:
+            raise InvalidProblem(f"num_heads_kv must divide num_heads {num_heads}, got {self.num_heads_kv}")
+        self.head_dim = embed_dim // num_heads
+        self.scale, self.backend = qk_scale, backend
+        self.qkv = nn.Linear(embed_dim, (num_heads + 2 * self.num_heads_kv) * self.head_dim, bias=qkv_bias)
+        self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.rotary = Rotary(self.head_dim, self.rank) if rotary else nn.Identity()
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, *S, C]` to `[B, *S, C]`."""
+        if x.ndim != self.rank + 2 or x.shape[-1] != self.qkv.in_features:
+            raise InvalidProblem(
+                f"x must be [B, *S, C] with {self.rank} spatial axes and C = {self.qkv.in_features}, "
+                f"got shape {tuple(x.shape)}"
+            )
+        heads = (self.num_heads, self.num_heads_kv, self.num_heads_kv)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)  # [B, *S, H, D]
+        q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
+        out = neighborhood_attention(q, k, v, **self.windows(x.shape[1:-1]), scale=self.scale, backend=self.backend)
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def windows(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """The window on a grid of that shape: the whole axis where a window would not fit."""
+        fits = [n * d <= length for n, d, length in zip(self.kernel_size, self.dilation, shape, strict=True)]
+        return {
+            "kernel_size": [n if fit else WHOLE for n, fit in zip(self.kernel_size, fits, strict=True)],
+            "stride": [n if fit else 1 for n, fit in zip(self.stride, fits, strict=True)],
+            "dilation": [n if fit else 1 for n, fit in zip(self.dilation, fits, strict=True)],
+            "is_causal": list(self.is_causal),
+        }
+
+    def extra_repr(self) -> str:
+        parts = f"num_heads={self.num_heads}, kernel_size={self.kernel_size}"
+        for name in ("stride", "dilation", "is_causal"):
+            if set(getattr(self, name)) - {1, False}:
+                parts += f", {name}={getattr(self, name)}"
+        return parts + (f", num_heads_kv={self.num_heads_kv}" if self.num_heads_kv != self.num_heads else "")
+
+
+class NeighborhoodAttention1D(NeighborhoodAttention):
+    """`NeighborhoodAttention` on sequences `[B, L, C]`."""
+
+    def __init__(self, embed_dim: int, num_heads: int, kernel_size: Each[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(embed_dim, num_heads, kernel_size, *args, rank=1, **kwargs)
+
+
+class NeighborhoodAttention2D(NeighborhoodAttention):
+    """`NeighborhoodAttention` on images `[B, H, W, C]`."""
+
+    def __init__(self, embed_dim: int, num_heads: int, kernel_size: Each[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(embed_dim, num_heads, kernel_size, *args, rank=2, **kwargs)
+
+
+class NeighborhoodAttention3D(NeighborhoodAttention):
+    """`NeighborhoodAttention` on videos and volumes `[B, T, H, W, C]`."""
+
+    def __init__(self, embed_dim: int, num_heads: int, kernel_size: Each[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(embed_dim, num_heads, kernel_size, *args, rank=3, **kwargs)
+
+
+def _rank(rank: int | None, windows: dict[str, Any]) -> int:
+    """The number of axes that the arguments speak of."""
+    ranks = {name: len(value) for name, value in windows.items() if isinstance(value, (tuple, list))}
+    if rank is not None:
+        ranks = {"rank": rank} | ranks
+    if not ranks:
+        raise InvalidProblem("rank is needed where kernel_size, stride, dilation and is_causal are single values")
+    if len(set(ranks.values())) > 1:
+        given = ", ".join(f"{name} has {n}" for name, n in ranks.items())
+        raise InvalidProblem(f"all arguments given per axis must have as many values as there are axes, but {given}")
+    return next(iter(ranks.values()))

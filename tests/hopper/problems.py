@@ -1,0 +1,171 @@
+"""Random problems for the Hopper backend, and what their answers must be."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from vicinal.backends.base import Inputs, Output
+from vicinal.backends.hopper.cost import candidates, ranked_tilings
+from vicinal.plan import make_plan
+from vicinal.problem import Problem
+from vicinal.tiling import Tiling
+
+HEAD_DIMS = (32, 64, 64, 64, 128, 128, 128, 256)
+LAYOUTS = ("contiguous", "fused", "fused per head", "heads first", "padded")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, how to cut it, and how its tensors lie in memory."""
+
+    problem: Problem
+    tiling: Tiling
+    layout: str
+    has_lengths: bool
+    seed: int
+
+
+def draw(seed: int, most_tokens: int = 1500) -> Case:
+    """The random case of that seed: any rank, ragged, every feature alone and together."""
+    rng = random.Random(seed)
+    rank = rng.choice((1, 2, 3, 3))
+    shape: tuple[int, ...] = ()
+    while not shape or prod(shape) > most_tokens:
+        longest = {1: most_tokens, 2: 60, 3: 20}[rank]
+        shape = tuple(rng.randint(1, longest) for _ in range(rank))
+    dilation = tuple(rng.choice((1, 1, rng.randint(1, n))) for n in shape)
+    kernel = tuple(rng.choice((rng.randint(1, n // d), min(rng.randint(1, 9), n // d), n // d)) for n, d in zip(shape, dilation, strict=True))
+    stride = tuple(rng.choice((1, rng.randint(1, k), k)) for k in kernel)
+    is_causal = tuple(rng.random() < 0.25 for _ in shape)
+    heads_kv = rng.randint(1, 3)
+    head_dim = rng.choice(HEAD_DIMS)
+    problem = Problem.grid(
+        shape, kernel, stride=stride, dilation=dilation, is_causal=is_causal,
+        batch=rng.randint(1, 3), heads=heads_kv * rng.choice((1, 1, 2, 3)), heads_kv=heads_kv, head_dim=head_dim,
+        dtype=rng.choice(("bfloat16", "bfloat16", "float16")),
+        scale=rng.choice((None, None, None, None, 0.03, 1.0, 0.0, -0.1)),
+        additional=rng.choice((0, 0, 0, rng.randint(1, 300))),
+    )  # fmt: skip
+    # Few tilings of many, so that few kernels are compiled: the best, and some that nobody would choose.
+    odd = sorted(candidates(Problem.grid((64,) * rank, 8, head_dim=head_dim)), key=repr)
+    odd = random.Random(0).sample(odd, min(6, len(odd)))
+    tiling = rng.choice((ranked_tilings(problem)[0], rng.choice(odd)))
+    return Case(problem, tiling, rng.choice(LAYOUTS), problem.additional > 0 and rng.random() < 0.5, seed)
+
+
+def empty(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised `[B, *S, H, D]` that lies in memory as `layout` says, in a larger allocation full of NaN."""
+    batch, *axes, heads, head_dim = shape
+    guard = 4096
+    grids = {
+        "contiguous": shape,
+        "fused": (batch, *axes, 3, heads, head_dim),
+        "fused per head": (batch, *axes, heads, 3, head_dim),
+        "heads first": (batch, heads, *axes, head_dim),
+        "padded": (batch, *(n + 1 for n in axes), heads, head_dim),
+    }
+    whole = torch.full((prod(grids[layout]) + 2 * guard,), float("nan"), dtype=dtype, device="cuda")
+    tensor = whole[guard:-guard].view(grids[layout])
+    if layout == "fused":
+        return tensor[..., 1, :, :]
+    if layout == "fused per head":
+        return tensor[..., 1, :]
+    if layout == "heads first":
+        return tensor.movedim(1, -2)
+    if layout == "padded":
+        return tensor[(slice(None), *(slice(n) for n in axes))]
+    return tensor
+
+
+def inputs_of(case: Case) -> Inputs:
+    """Random tensors for a case. Whatever lies between and around them is NaN, padding of additional keys too."""
+    problem, dtype = case.problem, getattr(torch, case.problem.dtype)
+    generator = torch.Generator(device="cuda").manual_seed(case.seed)
+
+    def noise(shape: tuple[int, ...], layout: str) -> torch.Tensor:
+        tensor = empty(shape, layout, dtype)
+        return tensor.copy_(torch.randn(shape, device="cuda", generator=generator))
+
+    grid = (problem.batch, *problem.shape)
+    query = noise((*grid, problem.heads, problem.head_dim), case.layout)
+    key, value = (noise((*grid, problem.heads_kv, problem.head_dim), case.layout) for _ in range(2))
+    if not problem.additional:
+        return Inputs(query, key, value)
+    shape = (problem.batch, problem.additional, problem.heads_kv, problem.head_dim)
+    more = [noise(shape, "contiguous") for _ in range(2)]
+    lengths = None
+    if case.has_lengths:
+        lengths = torch.randint(0, problem.additional + 1, (problem.batch,), device="cuda", generator=generator)
+        for b, length in enumerate(lengths.tolist()):
+            for tensor in more:
+                tensor[b, length:] = float("nan")
+    return Inputs(query, key, value, *more, lengths)
+
+
+def dense_mask(problem: Problem) -> torch.Tensor:
+    """`[queries, keys]`, true where a query sees a key: the definition, key by key."""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for axis in problem.axes:
+        sees = torch.zeros(axis.length, axis.length, dtype=torch.bool)
+        for query in range(axis.length):
+            window = axis.window(query)
+            sees[query, window.start : window.stop : window.step] = True
+        mask = torch.kron(mask.to(torch.uint8), sees.to(torch.uint8)).bool()
+    return mask.cuda()
+
+
+def dense(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Output:
+    """Masked softmax over all pairs, computed in `dtype`."""
+    repeats = problem.heads // problem.heads_kv
+
+    def flat(tensor: torch.Tensor, repeats: int = 1) -> torch.Tensor:
+        return tensor.to(dtype).flatten(1, -3).transpose(1, 2).repeat_interleave(repeats, 1)  # [B, H, N, D]
+
+    query, key, value = flat(inputs.query), flat(inputs.key, repeats), flat(inputs.value, repeats)
+    mask = dense_mask(problem)[None].expand(problem.batch, -1, -1)
+    if inputs.additional_keys is not None:
+        assert inputs.additional_values is not None
+        lengths = inputs.additional_lengths
+        places = torch.arange(problem.additional, device="cuda")
+        if lengths is None:
+            lengths = torch.full((problem.batch,), problem.additional, device="cuda")
+        valid = places < lengths[:, None]  # [B, M]
+        more = [t.where(valid[..., None, None], 0) for t in (inputs.additional_keys, inputs.additional_values)]
+        key, value = (torch.cat((a, flat(b, repeats)), 2) for a, b in zip((key, value), more, strict=True))
+        mask = torch.cat((mask, valid[:, None].expand(-1, mask.shape[1], -1)), 2)
+    scores = (query @ key.transpose(-1, -2) * problem.scale).masked_fill(~mask[:, None], -torch.inf)
+    out = scores.softmax(-1) @ value
+    lse = scores.logsumexp(-1)
+    grid = (problem.batch, problem.heads, *problem.shape)
+    return Output(out.reshape(*grid, -1).movedim(1, -2), lse.reshape(grid).movedim(1, -1))
+
+
+def errors(case: Case, backend: object) -> tuple[float, float]:
+    """Run a case; its errors in `out` and `lse` as shares of what is allowed. NaN never passes.
+
+    Outputs may be twice as far from float64 as eager PyTorch in the same dtype, plus one rounding;
+    log-sum-exps twice as far as eager float32, plus what the hardware's exponential may be off.
+    """
+    inputs = inputs_of(case)
+    output = backend.forward(make_plan(case.problem, case.tiling), inputs)  # type: ignore[attr-defined]
+    truth = dense(case.problem, inputs, torch.float64)
+    eager = dense(case.problem, inputs, getattr(torch, case.problem.dtype))
+    single = dense(case.problem, inputs, torch.float32)
+    assert output.out.is_contiguous() and output.lse.is_contiguous() and output.lse.dtype == torch.float32
+    rounding = torch.finfo(output.out.dtype).eps * truth.out.abs().max().item()
+    allowed = 2 * (eager.out.double() - truth.out).abs().max().item() + rounding
+    allowed_lse = 2 * (single.lse.double() - truth.lse).abs().max().item() + 1e-5 * (1 + truth.lse.abs().max().item())
+    out_error = (output.out.double() - truth.out).abs().max().item() / allowed
+    lse_error = (output.lse.double() - truth.lse).abs().max().item() / allowed_lse
+    return out_error, lse_error
+
+
+def check(case: Case, backend: object) -> tuple[float, float]:
+    out_error, lse_error = errors(case, backend)
+    if not (out_error <= 1 and lse_error <= 1):  # also catches NaN
+        raise AssertionError(f"errors are {out_error:.2f} and {lse_error:.2f} times what is allowed: {case}")
+    return out_error, lse_error
