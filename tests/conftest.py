@@ -18,6 +18,10 @@ settings.register_profile("long", max_examples=3000, deadline=None, print_blob=T
 settings.load_profile("fast")  # choose with --hypothesis-profile
 
 
+# The tensors here are small: on a busy machine threads that wait for each other cost more than they bring.
+torch.set_num_threads(1)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an accelerator that PyTorch calls cuda")
     if "s" not in config.option.reportchars:

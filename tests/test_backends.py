@@ -41,7 +41,7 @@ def test_backend_obeys(backend: Backend, law: Law, device: torch.device):
     law(backend, device)
 
 
-@pytest.mark.parametrize("backend", (blocked.backend, reference.backend), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [blocked.backend, reference.backend], ids=lambda backend: backend.name)
 @given(problem=problems(most_tokens=80), seed=seeds())
 def test_any_problem_equals_the_oracle(backend: Backend, problem: Problem, seed: int):
     equals_the_oracle(Trial(backend, problem, CPU, backends.present(CPU), seed, slack=SLACK))
@@ -148,36 +148,65 @@ def forgets_group_order(output: Output, inputs: Inputs, plan: Plan) -> Output:
 
 
 MISTAKES: dict[str, tuple[Broken, str]] = {
-    "window one key too large": (Broken(wrong_plan=on_axis(lambda a: replace(a, kernel_size=a.kernel_size + 1))), "counts_its_keys"),
-    "window one key too small": (Broken(wrong_plan=on_axis(lambda a: replace(a, kernel_size=a.kernel_size - 1))), "the_window_is_complete"),
-    "window lets a key in": (Broken(wrong_plan=on_axis(lambda a: replace(a, kernel_size=a.kernel_size + 1))), "nothing_leaks_in"),
-    "stride forgotten": (Broken(wrong_plan=on_axis(lambda a: replace(a, stride=1))), "strided_window_is_blocked_attention"),
+    "window one key too large": (
+        Broken(wrong_plan=on_axis(lambda a: replace(a, kernel_size=a.kernel_size + 1))),
+        "counts_its_keys",
+    ),
+    "window one key too small": (
+        Broken(wrong_plan=on_axis(lambda a: replace(a, kernel_size=a.kernel_size - 1))),
+        "the_window_is_complete",
+    ),
+    "window lets a key in": (
+        Broken(wrong_plan=on_axis(lambda a: replace(a, kernel_size=a.kernel_size + 1))),
+        "nothing_leaks_in",
+    ),
+    "stride forgotten": (
+        Broken(wrong_plan=on_axis(lambda a: replace(a, stride=1))),
+        "strided_window_is_blocked_attention",
+    ),
     "dilation forgotten": (Broken(wrong_plan=on_axis(lambda a: replace(a, dilation=1))), "nothing_leaks_in"),
     "causality forgotten": (Broken(wrong_plan=on_axis(lambda a: replace(a, is_causal=False))), "counts_its_keys"),
-    "whole axis made causal": (Broken(wrong_plan=on_axis(lambda a: replace(a, is_causal=True))), "whole_window_is_dense_attention"),
+    "whole axis made causal": (
+        Broken(wrong_plan=on_axis(lambda a: replace(a, is_causal=True))),
+        "whole_window_is_dense_attention",
+    ),
     "output lost its precision": (Broken(mistake=in_16_bits), "equals_the_oracle"),
     "lse in base 2": (Broken(mistake=lambda o, i, p: o._replace(lse=o.lse * 1.4427)), "counts_its_keys"),
     "lse off by little": (Broken(mistake=lambda o, i, p: o._replace(lse=o.lse + 1e-4)), "merged_halves_are_the_whole"),
     "lse in the wrong dtype": (Broken(mistake=lambda o, i, p: o._replace(lse=o.lse.half())), "equals_the_oracle"),
-    "output not contiguous": (Broken(mistake=lambda o, i, p: o._replace(out=o.out.mT.contiguous().mT)), "equals_the_oracle"),
-    "one NaN": (Broken(mistake=lambda o, i, p: o._replace(out=o.out.index_fill(0, torch.tensor(0), torch.nan))), "equals_the_oracle"),
+    "output not contiguous": (
+        Broken(mistake=lambda o, i, p: o._replace(out=o.out.mT.contiguous().mT)),
+        "equals_the_oracle",
+    ),
+    "one NaN": (
+        Broken(mistake=lambda o, i, p: o._replace(out=o.out.index_fill(0, torch.tensor(0), torch.nan))),
+        "equals_the_oracle",
+    ),
     "all zero": (Broken(mistake=lambda o, i, p: o._replace(out=o.out * 0)), "equals_the_oracle"),
     "gradient of lse dropped": (Broken(wrong_gradients=lambda g, i: g._replace(key=g.key * 0.99)), "equals_the_oracle"),
     "gradient of the extra values dropped": (
-        Broken(wrong_gradients=lambda g, i: g._replace(additional_values=None)), "equals_the_oracle"),
-    "gradients of query and key swapped in scale": (Broken(wrong_gradients=lambda g, i: g._replace(query=g.query * 2)), "gradient_without_lse"),
+        Broken(wrong_gradients=lambda g, i: g._replace(additional_values=None)),
+        "equals_the_oracle",
+    ),
+    "gradients of query and key swapped in scale": (
+        Broken(wrong_gradients=lambda g, i: g._replace(query=g.query * 2)),
+        "gradient_without_lse",
+    ),
     "heads grouped the wrong way": (Broken(mistake=forgets_group_order), "batch_and_heads_permute"),
     "second batch row copies the first": (
-        Broken(mistake=lambda o, i, p: o._replace(out=o.out[:1].expand_as(o.out).contiguous())), "batch_and_heads_permute"),
+        Broken(mistake=lambda o, i, p: o._replace(out=o.out[:1].expand_as(o.out).contiguous())),
+        "batch_and_heads_permute",
+    ),
     "reads the memory around": (Broken(mistake=reads_the_memory_around), "memory_around_is_not_read"),
     "strides ignored": (Broken(mistake=forgets_strides), "memory_around_is_not_read"),
     "a race": (Broken(mistake=drifting()), "two_runs_are_bitwise_equal"),
     "empty batch made up": (
         Broken(mistake=lambda o, i, p: o if len(o.out) else o._replace(out=o.out.new_zeros(1, *o.out.shape[1:]))),
-        "an_empty_batch_is_answered"),
+        "an_empty_batch_is_answered",
+    ),
     "answer depends on the tiling": (Broken(mistake=depends_on_the_plan), "the_plan_does_not_change_the_answer"),
     "refuses everything": (Broken(refuses=("is tired",)), "equals_the_oracle"),
-}  # fmt: skip
+}
 """A mistake, and the law that must catch it."""
 
 
@@ -203,9 +232,11 @@ def test_a_report_tells_what_broke_and_goes_on():
     assert not report.holds
     assert seen == [(laws[0].name, 0, 2), (laws[1].name, 1, 2)]
     assert "2 of 2 laws are broken" in str(report)
-    assert "RuntimeError: out of paper" in str(report) and "seed" in str(report)
+    assert "RuntimeError: out of paper" in str(report)
+    assert "seed" in str(report)
     good = check_backend(blocked.backend, laws=laws)
-    assert good.holds and str(good).endswith("every law holds")
+    assert good.holds
+    assert str(good).endswith("every law holds")
 
 
 # ---- choosing ---------------------------------------------------------------------------------------
@@ -222,7 +253,8 @@ def test_a_refusal_gives_every_reason(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends, "ALL", (picky, blocked.backend))
     problem, hardware = Problem.grid((8,), 3, dtype="float32"), backends.present(CPU)
     text = str(backends.explain(problem, hardware))
-    assert "broken" in text and "no" in text
+    assert "broken" in text
+    assert "no" in text
     assert "needs sm_90, this is a cpu; computes in 16 bits only, got float32" in text
     assert re.search(r"blocked +yes +<- chosen", text)
     assert backends.choose(problem, hardware).name == "blocked"
@@ -246,5 +278,7 @@ def test_the_environment_names_a_backend_and_a_call_overrules_it(monkeypatch: py
 def test_tensors_of_a_seed_are_the_same_again():
     problem = Problem.grid((9, 4), 3, additional=5, dtype="float32")
     for one, two in zip(make_inputs(problem, CPU, 7), make_inputs(problem, CPU, 7), strict=True):
-        assert one is not None and two is not None and torch.equal(one, two)
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one, two)
     assert torch.equal(*(make_output_gradients(problem, CPU, 7)[1] for _ in range(2)))

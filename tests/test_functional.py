@@ -106,7 +106,8 @@ def test_the_gradient_of_lse_alone_is_the_softmax():
     _, lse = attention_with_lse(query, key, value, kernel_size=9, scale=1.0)
     weights = torch.einsum("bqhd,bkhd->bhqk", query, key).softmax(-1)
     grads = torch.autograd.grad(lse.sum(), (query, key, value), allow_unused=True)
-    assert grads[0] is not None and grads[1] is not None
+    assert grads[0] is not None
+    assert grads[1] is not None
     torch.testing.assert_close(grads[0], torch.einsum("bhqk,bkhd->bqhd", weights, key))
     torch.testing.assert_close(grads[1], torch.einsum("bhqk,bqhd->bkhd", weights, query))
     assert grads[2] is None or not grads[2].any()
@@ -180,7 +181,8 @@ def test_a_part_without_keys_weighs_nothing():
     torch.testing.assert_close(merged.out, out)
     torch.testing.assert_close(merged.lse, lse)
     void = merge_attentions([out, out], [nothing, nothing])
-    assert not void.out.any() and torch.equal(void.lse, nothing)
+    assert not void.out.any()
+    assert torch.equal(void.lse, nothing)
 
 
 def test_huge_and_tiny_lses_merge_without_overflow():
@@ -241,7 +243,8 @@ def test_natten_names_take_nattens_arguments_in_its_order(na: Callable[..., Any]
     assert torch.equal(na(query, key, value, 3, 2, 1, True, 0.5, keys, values, kwargs), wanted)
     assert kwargs == {"backend": "cutlass-fna"}
     out, returned = na(query, key, value, 3, 2, 1, True, 0.5, keys, values, return_lse=True)
-    assert torch.equal(out, wanted) and torch.equal(returned, lse)
+    assert torch.equal(out, wanted)
+    assert torch.equal(returned, lse)
     assert isinstance(na(query, key, value, kernel_size=3), Tensor)
 
 
@@ -268,14 +271,20 @@ def test_natten_tiles_are_a_tiling_and_come_together():
     ("changes", "message"),
     [
         ({"kernel_size": (3, 3, 3)}, "kernel_size needs 2 values, one per spatial axis, got 3: (3, 3, 3)"),
-        ({"kernel_size": (3, 9)}, "axis 1 of 5x7: the window does not fit: kernel_size * dilation = 9 * 1 = 9 > axis length 7"),
+        (
+            {"kernel_size": (3, 9)},
+            "axis 1 of 5x7: the window does not fit: kernel_size * dilation = 9 * 1 = 9 > axis length 7",
+        ),
         ({"dilation": 2}, "axis 0 of 5x7: the window does not fit: kernel_size * dilation = 3 * 2 = 6 > axis length 5"),
         ({"stride": 4}, "axis 0 of 5x7: stride must lie in [1, kernel_size] = [1, 3], got 4"),
         ({"is_causal": 1}, "is_causal must be a bool or a tuple of them"),
         ({"scale": math.nan}, "scale must be a finite number, got nan"),
         ({"scale": math.inf}, "scale must be a finite number, got inf"),
         ({"backend": "fast"}, "got 'fast'"),
-        ({"query": torch.zeros(2, 5, 7, 4, 8).long()}, "query must have one of the dtypes float16, bfloat16, float32, float64, got int64"),
+        (
+            {"query": torch.zeros(2, 5, 7, 4, 8).long()},
+            "query must have one of the dtypes float16, bfloat16, float32, float64, got int64",
+        ),
         ({"query": torch.zeros(2, 5, 7, 4, 8).to_sparse()}, "query is a sparse tensor"),
         ({"query": torch.zeros(7, 4, 8)}, "query"),
         ({"key": torch.zeros(2, 5, 7, 2, 8).half()}, "key and query must share one dtype, got float16 and float32"),
@@ -283,12 +292,20 @@ def test_natten_tiles_are_a_tiling_and_come_together():
         ({"key": torch.zeros(2, 5, 6, 2, 8)}, "key must have query's batch and grid (2, 5, 7)"),
         ({"value": torch.zeros(2, 5, 7, 3, 6)}, "key and value must have the same heads, got 2 and 3"),
         ({"query": torch.zeros(2, 5, 7, 3, 8)}, "query heads must be a multiple of key/value heads, got 3 and 2"),
-        ({"additional_keys": torch.zeros(2, 3, 2, 8)}, "additional_keys came without additional_values; pass both or neither"),
-        ({"additional_lengths": torch.tensor([1, 1])}, "additional_lengths came without additional_keys and additional_values"),
+        (
+            {"additional_keys": torch.zeros(2, 3, 2, 8)},
+            "additional_keys came without additional_values; pass both or neither",
+        ),
+        (
+            {"additional_lengths": torch.tensor([1, 1])},
+            "additional_lengths came without additional_keys and additional_values",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("call", [neighborhood_attention, attention_with_lse, na2d])
-def test_bad_arguments_are_refused_before_anything_runs(call: Callable[..., Any], changes: dict[str, Any], message: str):
+def test_bad_arguments_are_refused_before_anything_runs(
+    call: Callable[..., Any], changes: dict[str, Any], message: str
+):
     if call is na2d and ("additional_lengths" in changes or changes.get("query", torch.zeros(5 * [1])).ndim != 5):
         pytest.skip("NATTEN's signature has no additional lengths, and its names have their own message on rank")
     fine = {
@@ -314,6 +331,8 @@ def test_lengths_beyond_the_additional_keys_count_what_there_is_or_are_refused(l
 
 def test_an_unnamed_derivative_is_refused_in_a_sentence():
     query, key, value = (t.requires_grad_() for t in qkv(1, 6))
-    (grad,) = torch.autograd.grad(neighborhood_attention(query, key, value, kernel_size=3).square().sum(), query, create_graph=True)  # fmt: skip
+    (grad,) = torch.autograd.grad(
+        neighborhood_attention(query, key, value, kernel_size=3).square().sum(), query, create_graph=True
+    )
     with pytest.raises((Unsupported, RuntimeError), match=r"(?i)derivative|differentiat|does not require grad|grad_fn"):
         torch.autograd.grad(grad.sum(), query)

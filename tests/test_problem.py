@@ -68,9 +68,7 @@ def test_of_and_grid_agree(problem: Problem):
     window = {name: getattr(problem, name) for name in names}
     riding = ("batch", "heads", "heads_kv", "head_dim", "head_dim_v", "dtype", "scale", "additional")
     fields = {name: getattr(problem, name) for name in riding}
-    posed = Problem.of(
-        query, key, value, **window, scale=problem.scale, additional_keys=keys, additional_values=values
-    )
+    posed = Problem.of(query, key, value, **window, scale=problem.scale, additional_keys=keys, additional_values=values)
     assert posed == Problem.grid(problem.shape, **window, **fields) == problem
     assert hash(posed) == hash(problem)
 
@@ -127,9 +125,7 @@ def test_subaxes_interleave_to_the_axis(axis: Axis):
 def test_a_problem_prints_what_differs_from_the_plainest():
     assert str(Problem.grid((48, 40), 24)) == "48x40 grid, window 24x24"
     everything = Problem.grid((8, 9), 3, stride=(2, 1), dilation=(1, 2), is_causal=(False, True), additional=4)
-    assert str(everything) == (
-        "8x9 grid, window 3x3, stride 2x1, dilation 1x2, causal on axis 1, 4 additional keys"
-    )
+    assert str(everything) == ("8x9 grid, window 3x3, stride 2x1, dilation 1x2, causal on axis 1, 4 additional keys")
 
 
 # ---- what is refused -------------------------------------------------------------------------------
@@ -187,36 +183,78 @@ def test_a_bad_number_is_refused(arguments: dict[str, Any], message: str):
         ({"query": torch.zeros(5, 7, 8)}, "[B, *S, H, D]"),
         ({"query": torch.zeros(2, 3, 4, 5, 6, 4, 8)}, "query"),
         ({"key": torch.zeros(2, 5, 7, 8)}, "key"),
-        ({"key": torch.zeros(2, 7, 5, 2, 8)}, "key must have query's batch and grid (2, 5, 7), got shape (2, 7, 5, 2, 8)"),
+        (
+            {"key": torch.zeros(2, 7, 5, 2, 8)},
+            "key must have query's batch and grid (2, 5, 7), got shape (2, 7, 5, 2, 8)",
+        ),
         ({"value": torch.zeros(1, 5, 7, 2, 6)}, "value must have query's batch and grid (2, 5, 7)"),
-        ({"key": torch.zeros(2, 5, 7, 2, 9)}, "key must have query's head_dim 8 as its last axis, got shape (2, 5, 7, 2, 9)"),
+        (
+            {"key": torch.zeros(2, 5, 7, 2, 9)},
+            "key must have query's head_dim 8 as its last axis, got shape (2, 5, 7, 2, 9)",
+        ),
         ({"value": torch.zeros(2, 5, 7, 1, 6)}, "key and value must have the same heads, got 2 and 1"),
         (
             {"key": torch.zeros(2, 5, 7, 3, 8), "value": torch.zeros(2, 5, 7, 3, 6)},
             "query heads must be a multiple of key/value heads, got 4 and 3",
         ),
         ({"key": torch.zeros(2, 5, 7, 2, 8).half()}, "key and query must share one dtype, got float16 and float32"),
-        ({"value": torch.zeros(2, 5, 7, 2, 6, device="meta")}, "value and query must share one device, got meta and cpu"),
-        ({"query": torch.zeros(2, 5, 7, 4, 8).int()}, "query must have one of the dtypes float16, bfloat16, float32, float64, got int32"),
-        ({"query": torch.zeros(2, 5, 7, 4, 8).to_sparse()}, "query is a sparse tensor; pass a dense one, for example query.to_dense()"),
+        (
+            {"value": torch.zeros(2, 5, 7, 2, 6, device="meta")},
+            "value and query must share one device, got meta and cpu",
+        ),
+        (
+            {"query": torch.zeros(2, 5, 7, 4, 8).int()},
+            "query must have one of the dtypes float16, bfloat16, float32, float64, got int32",
+        ),
+        (
+            {"query": torch.zeros(2, 5, 7, 4, 8).to_sparse()},
+            "query is a sparse tensor; pass a dense one, for example query.to_dense()",
+        ),
         ({"key": torch.zeros(2, 5, 7, 2, 8, dtype=torch.complex64)}, "key must have one of the dtypes"),
         ({"scale": float("-inf")}, "scale must be a finite number, got -inf"),
         ({"scale": "half"}, "scale must be a finite number, got 'half'"),
-        ({"additional_keys": torch.zeros(2, 3, 2, 8)}, "additional_keys came without additional_values; pass both or neither"),
-        ({"additional_values": torch.zeros(2, 3, 2, 6)}, "additional_values came without additional_keys; pass both or neither"),
-        ({"additional_lengths": torch.tensor([1, 2])}, "additional_lengths came without additional_keys and additional_values"),
-        ({**extra(), "additional_values": torch.zeros(2, 4, 2, 6)}, "additional_values must be [B, M, Hkv, D] = [2, 3, 2, 6], got (2, 4, 2, 6)"),
-        ({**extra(), "additional_keys": torch.zeros(1, 3, 2, 8)}, "additional_keys must be [B, M, Hkv, D] = [2, 3, 2, 8], got (1, 3, 2, 8)"),
+        (
+            {"additional_keys": torch.zeros(2, 3, 2, 8)},
+            "additional_keys came without additional_values; pass both or neither",
+        ),
+        (
+            {"additional_values": torch.zeros(2, 3, 2, 6)},
+            "additional_values came without additional_keys; pass both or neither",
+        ),
+        (
+            {"additional_lengths": torch.tensor([1, 2])},
+            "additional_lengths came without additional_keys and additional_values",
+        ),
+        (
+            {**extra(), "additional_values": torch.zeros(2, 4, 2, 6)},
+            "additional_values must be [B, M, Hkv, D] = [2, 3, 2, 6], got (2, 4, 2, 6)",
+        ),
+        (
+            {**extra(), "additional_keys": torch.zeros(1, 3, 2, 8)},
+            "additional_keys must be [B, M, Hkv, D] = [2, 3, 2, 8], got (1, 3, 2, 8)",
+        ),
         ({**extra(), "additional_keys": torch.zeros(2)}, "additional_keys must be [B, M, Hkv, D]"),
-        ({**extra(), "additional_keys": torch.zeros(2, 3, 2, 8).double()}, "additional_keys and query must share one dtype"),
-        ({**extra(), "additional_lengths": torch.tensor([1.0, 2.0])}, "additional_lengths must be a tensor of integers, got torch.float32"),
+        (
+            {**extra(), "additional_keys": torch.zeros(2, 3, 2, 8).double()},
+            "additional_keys and query must share one dtype",
+        ),
+        (
+            {**extra(), "additional_lengths": torch.tensor([1.0, 2.0])},
+            "additional_lengths must be a tensor of integers, got torch.float32",
+        ),
         ({**extra(), "additional_lengths": [1, 2]}, "additional_lengths must be a tensor of integers, got [1, 2]"),
-        ({**extra(), "additional_lengths": torch.tensor([1, 2, 3])}, "additional_lengths must hold one length per batch row, shape (2,), got (3,)"),
-        ({**extra(), "additional_lengths": torch.tensor([1, 2], device="meta")}, "additional_lengths and query must share one device, got meta and cpu"),
+        (
+            {**extra(), "additional_lengths": torch.tensor([1, 2, 3])},
+            "additional_lengths must hold one length per batch row, shape (2,), got (3,)",
+        ),
+        (
+            {**extra(), "additional_lengths": torch.tensor([1, 2], device="meta")},
+            "additional_lengths and query must share one device, got meta and cpu",
+        ),
         ({"kernel_size": (3, 3, 3)}, "kernel_size needs 2 values"),
         ({"kernel_size": (3, 9)}, "axis 1 of 5x7: the window does not fit"),
     ],
-)  # fmt: skip
+)
 def test_bad_tensors_are_refused(changes: dict[str, Any], message: str):
     with refused(message):
         Problem.of(**tensors(**changes))

@@ -24,7 +24,7 @@ from vicinal.tiling import Tiling
         (((4,), [4]), "kv_tile must be a tuple of integers of at least 1, one per axis, got [4]"),
         (((4,), (2.0,)), "kv_tile must be a tuple of integers of at least 1, one per axis, got (2.0,)"),
         (((4, 5), (4,)), "q_tile and kv_tile must have one number per axis each, got (4, 5) and (4,)"),
-        (((4,), (4,), "centre"), "kv_origin must be \"free\" or \"grid\", got 'centre'"),
+        (((4,), (4,), "centre"), 'kv_origin must be "free" or "grid", got \'centre\''),
     ],
 )
 def test_a_bad_tiling_is_refused_with_its_numbers(arguments: tuple[Any, ...], message: str):
@@ -40,7 +40,8 @@ def test_a_tiling_prints_itself():
 @given(tilings((7, 12, 5)), st.data())
 def test_equal_tilings_are_one_key(tiling: Tiling, data: st.DataObject):
     again = Tiling(tiling.q_tile, tiling.kv_tile, tiling.kv_origin)
-    assert again == tiling and hash(again) == hash(tiling)
+    assert again == tiling
+    assert hash(again) == hash(tiling)
     axis = data.draw(st.integers(0, 2))
     moved = tuple(n + (i == axis) for i, n in enumerate(tiling.kv_tile))
     assert Tiling(tiling.q_tile, moved, tiling.kv_origin) != tiling

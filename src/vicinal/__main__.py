@@ -1,6 +1,6 @@
 """`python -m vicinal`: the command line."""
 
-from vicinal.cli import app
+from vicinal.cli import main
 
 if __name__ == "__main__":
-    app(prog_name="vicinal")
+    main()

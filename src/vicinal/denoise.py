@@ -157,6 +157,9 @@ def denoise(
         h = sigma * (STRENGTH_WHOLE if components is None else STRENGTH)
     elif _number("h", h) == 0:
         raise InvalidProblem("h must be above 0: it divides the distances, and 0 would forbid every other pixel")
+    # Neither distances nor means mind a common shift, but rounding does: small numbers keep more digits.
+    level = pixels.mean(dim=tuple(range(1, pixels.ndim)), keepdim=True)
+    pixels = pixels - level
     features = Features.of(pixels, patch, components, sigma)
     window = tuple(min(2 * far + 1, length) for far, length in zip(reach, shape, strict=True))
     out = torch.empty_like(pixels)
@@ -165,7 +168,7 @@ def denoise(
         out[:, first:last] = part[:, first - start : last - start]
         if progress is not None:
             progress(last, shape[0])
-    return restore(out)
+    return restore(out.add_(level))
 
 
 def estimate_sigma(image: Any, *, channel_axis: int | None = None) -> float:
@@ -206,7 +209,7 @@ class Features:
 
     Args:
         filters: `[K, C, *patch]`.
-        padded: the picture less its mean, reflected at its borders by half a patch: `[1, C, *S + patch - 1]`.
+        padded: the picture, reflected at its borders by half a patch: `[1, C, *S + patch - 1]`.
     """
 
     filters: Tensor
@@ -215,15 +218,13 @@ class Features:
     @classmethod
     def of(cls, pixels: Tensor, patch: tuple[int, ...], components: int | None, sigma: float) -> Features:
         """Filters for the picture `[C, *S]`: every pixel of a patch, or its principal components."""
-        channels, rank = pixels.shape[0], pixels.ndim - 1
-        # Distances do not know of a common shift, but rounding does: small features keep more digits.
-        centred = pixels - pixels.mean(dim=tuple(range(1, rank + 1)), keepdim=True)
+        channels = pixels.shape[0]
         margins = [side // 2 for side in reversed(patch) for _ in range(2)]
-        padded = pad(centred[None], margins, mode="reflect")
+        padded = pad(pixels[None], margins, mode="reflect")
         weights = _gaussian(patch, pixels).expand(channels, *patch).reshape(-1) / channels
         basis = weights.sqrt().diag()
         if components is not None:
-            basis = _principal(_samples(padded, patch), weights, sigma)[:components]
+            basis = _principal(_samples(padded, patch), weights, sigma, components)
         return cls(basis.reshape(-1, channels, *patch), padded)
 
     @property
@@ -264,12 +265,12 @@ def _samples(padded: Tensor, patch: tuple[int, ...]) -> Tensor:
     return views[torch.unravel_index(flat, grid)].flatten(1)
 
 
-def _principal(samples: Tensor, weights: Tensor, sigma: float) -> Tensor:
+def _principal(samples: Tensor, weights: Tensor, sigma: float, components: int) -> Tensor:
     """Rows that take a patch to its principal components, in order of variance, each times the root of its gain."""
     samples = samples.double() * weights.double().sqrt()
     samples = samples - samples.mean(dim=0)
     variance, vectors = torch.linalg.eigh(samples.T @ samples / len(samples))
-    variance, vectors = variance.flip(0), vectors.flip(1)  # [P], [P, P]
+    variance, vectors = variance.flip(0)[:components], vectors.flip(1)[:, :components]  # [K], [P, K]
     unit_noise = (vectors**2 * weights.double()[:, None]).sum(dim=0)  # Variance that noise of sigma = 1 has in each.
     tiny = torch.finfo(torch.float32).tiny
     gain = ((variance - sigma**2 * unit_noise) / variance.clamp(min=tiny)).clamp(min=0)
@@ -344,7 +345,7 @@ def _pixels(image: Any, channel_axis: int | None) -> tuple[Tensor, Callable[[Ten
             raise InvalidProblem(f"image must hold real numbers, got an array of {array.dtype}")
         # Torch lacks most unsigned operations, and wants native byte order and positive strides.
         top = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1
-        tensor = torch.from_numpy(np.ascontiguousarray(array / np.float64(top), dtype=np.float32))
+        tensor = torch.from_numpy(np.asarray(array / np.float64(top), dtype=np.float32, order="C"))
     elif image.dtype.is_floating_point:
         tensor = image.detach().to(torch.float32)
     elif image.dtype.is_complex:

@@ -27,23 +27,15 @@ def ensure_registered() -> None:
 
 @lru_cache(maxsize=1)
 def _register() -> None:
-    from torch.utils.flop_counter import register_flop_formula
-
+    counters: Any = sys.modules["torch.utils.flop_counter"]
     formulas = {torch.ops.vicinal.attention: _forward, torch.ops.vicinal.attention_backward: _backward}
     for operator, formula in formulas.items():
-        register_flop_formula(operator)(formula)
+        counters.register_flop_formula(operator)(formula)
     # A counter copies the registry when it is made: one that is already counting must hear of us as well.
     for mode in _get_current_dispatch_mode_stack():
-        counter = getattr(mode, "counter", None)
+        counter: Any = getattr(mode, "counter", None)
         if hasattr(counter, "flop_registry"):
-            counter.flop_registry.update({op: global_registry()[op] for op in formulas})
-
-
-def global_registry() -> dict[Any, Any]:
-    """PyTorch's own table of formulas, as it stands."""
-    from torch.utils import flop_counter
-
-    return flop_counter.flop_registry
+            counter.flop_registry.update({operator: counters.flop_registry[operator] for operator in formulas})
 
 
 def _forward(query: Shape, key: Shape, value: Shape, extra: Shape | None, *rest: Any, **_: Any) -> int:

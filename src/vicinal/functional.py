@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar, Union
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
 T = TypeVar("T")
-Each = Union[T, Sequence[T]]
+Each = T | Sequence[T]
 """One value for all spatial axes, or one per axis."""
 
 
@@ -199,10 +199,13 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Atten
                 )
     stacked = torch.stack(tuple(lses))
     lse = stacked.logsumexp(0)
-    # Where no part saw a key, the sum is -inf and every weight is to be 0, not exp(-inf + inf).
-    weights = torch.exp(stacked - lse.masked_fill(lse == -torch.inf, 0.0))
-    merged = sum((w.unsqueeze(-1) * out.to(w.dtype) for w, out in zip(weights, outputs, strict=True)), start=lse.new_zeros(()))
-    return AttentionOutput(torch.as_tensor(merged).to(first.dtype), lse)
+    # Where no part saw a key, every weight is to be 0, not exp(-inf + inf).
+    unseen = lse == -torch.inf
+    weights = stacked.masked_fill(unseen, 0.0).softmax(0).masked_fill(unseen, 0.0)
+    merged = torch.zeros_like(first, dtype=weights.dtype)
+    for weight, out in zip(weights.unsqueeze(-1), outputs, strict=True):
+        merged = merged + weight * out.to(weight.dtype)
+    return AttentionOutput(merged.to(first.dtype), lse)
 
 
 def _natten(rank: int, example: str):
@@ -241,7 +244,9 @@ def _natten(rank: int, example: str):
             raise InvalidProblem(
                 f"q_tile_shape and kv_tile_shape must come together, got {q_tile_shape} and {kv_tile_shape}"
             )
-        given = q_tile_shape is not None and kv_tile_shape is not None
+        tiling = None
+        if q_tile_shape is not None and kv_tile_shape is not None:
+            tiling = Tiling(tuple(q_tile_shape), tuple(kv_tile_shape))
         output = attention_with_lse(
             query,
             key,
@@ -254,7 +259,7 @@ def _natten(rank: int, example: str):
             additional_keys=additional_keys,
             additional_values=additional_values,
             backend=backend,
-            tiling=Tiling(tuple(q_tile_shape), tuple(kv_tile_shape)) if given else None,
+            tiling=tiling,
         )
         return output if return_lse else output.out
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -190,7 +191,7 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 @contextmanager
-def _scratch(path: Path, suffix: str) -> Iterator[Path]:
+def _scratch(path: Path, suffix: str) -> Generator[Path]:
     """A file beside `path` that takes its place at the end, and is gone if that does not come."""
     # The same folder, since replacing is atomic within one file system only.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent)
@@ -252,12 +253,11 @@ def _refuse_if_large(path: Path, values: int, limit: int) -> None:
 
 def _pillow() -> Any:
     try:
-        import PIL.Image
-        import PIL.ImageOps
-        import PIL.ImageSequence
+        for module in ("Image", "ImageOps", "ImageSequence"):
+            import_module(f"PIL.{module}")
     except ModuleNotFoundError:
         raise Unsupported("pictures need the package pillow; install it with: pip install pillow") from None
-    return PIL
+    return import_module("PIL")
 
 
 def _read_picture(path: Path, limit: int) -> Image:
@@ -342,12 +342,11 @@ def _read_numpy(path: Path, limit: int) -> Image:
 
 def _nibabel() -> Any:
     try:
-        import nibabel  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
+        return import_module("nibabel")
     except ModuleNotFoundError:
         raise Unsupported(
             "NIfTI files need the package nibabel; install it with: pip install nibabel, or convert to .npy"
         ) from None
-    return nibabel  # pyright: ignore[reportUnknownVariableType]
 
 
 def _read_nifti(path: Path, limit: int) -> Image:

@@ -83,7 +83,8 @@ def attention(
     """`out [B, *S, H, Dv]` and `lse [B, *S, H]`; see `vicinal.neighborhood_attention`."""
     inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths)
     chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling)
-    return tuple(chosen.forward(plan, inputs))
+    out, lse = chosen.forward(plan, inputs)
+    return out, lse
 
 
 @torch.library.custom_op("vicinal::attention_backward", mutates_args=())

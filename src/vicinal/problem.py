@@ -277,11 +277,12 @@ def _axes(
     dilation: tuple[int, ...],
     is_causal: tuple[bool, ...],
 ) -> tuple[Axis, ...]:
-    axes = []
-    for i, (length, size, *rest) in enumerate(zip(shape, kernel_size, stride, dilation, is_causal, strict=True)):
+    axes: list[Axis] = []
+    for i, length in enumerate(shape):
+        longest = max(length // max(dilation[i], 1), 1)
+        size = longest if kernel_size[i] == WHOLE else kernel_size[i]
         try:
-            step = rest[1]
-            axes.append(Axis(length, max(length // max(step, 1), 1) if size == WHOLE else size, *rest))
+            axes.append(Axis(length, size, stride[i], dilation[i], is_causal[i]))
         except InvalidProblem as error:
             raise InvalidProblem(f"axis {i} of {_times(shape)}: {error}") from None
     return tuple(axes)
@@ -300,10 +301,11 @@ def make_axes(shape: tuple[int, ...], kernel_size: Any, stride: Any, dilation: A
 
 
 def _check_tensor(name: str, tensor: Any, query: Any) -> None:
-    if not (hasattr(tensor, "shape") and hasattr(tensor, "dtype")):
-        raise InvalidProblem(f"{name} must be a tensor, got {type(tensor).__name__}")
+    # Asked first: a nested tensor raises at the mere mention of its shape.
     if getattr(tensor, "is_nested", False):
         raise InvalidProblem(f"{name} is a nested tensor; pass a dense one, padded or one grid at a time")
+    if not (hasattr(tensor, "shape") and hasattr(tensor, "dtype")):
+        raise InvalidProblem(f"{name} must be a tensor, got {type(tensor).__name__}")
     if "sparse" in str(getattr(tensor, "layout", "")):
         raise InvalidProblem(f"{name} is a sparse tensor; pass a dense one, for example {name}.to_dense()")
     if _dtype(tensor) not in FLOATS:
@@ -344,13 +346,18 @@ def _check_additional(query: Any, key: Any, value: Any, keys: Any, values: Any, 
     if lengths is None:
         return
     if not (hasattr(lengths, "dtype") and _dtype(lengths).removeprefix("u") in ("int8", "int16", "int32", "int64")):
-        raise InvalidProblem(f"additional_lengths must be a tensor of integers, got {getattr(lengths, 'dtype', lengths)!r}")
+        raise InvalidProblem(
+            f"additional_lengths must be a tensor of integers, got {getattr(lengths, 'dtype', lengths)!r}"
+        )
     if tuple(lengths.shape) != (query.shape[0],):
         raise InvalidProblem(
-            f"additional_lengths must hold one length per batch row, shape ({query.shape[0]},), got {tuple(lengths.shape)}"
+            f"additional_lengths must hold one length per batch row, shape ({query.shape[0]},), "
+            f"got {tuple(lengths.shape)}"
         )
     if getattr(lengths, "device", None) != getattr(query, "device", None):
-        raise InvalidProblem(f"additional_lengths and query must share one device, got {lengths.device} and {query.device}")
+        raise InvalidProblem(
+            f"additional_lengths and query must share one device, got {lengths.device} and {query.device}"
+        )
 
 
 def _dtype(tensor: Any) -> str:

@@ -38,7 +38,10 @@ def draw(seed: int, most_tokens: int = 1500) -> Case:
         longest = {1: most_tokens, 2: 60, 3: 20}[rank]
         shape = tuple(rng.randint(1, longest) for _ in range(rank))
     dilation = tuple(rng.choice((1, 1, rng.randint(1, n))) for n in shape)
-    kernel = tuple(rng.choice((rng.randint(1, n // d), min(rng.randint(1, 9), n // d), n // d)) for n, d in zip(shape, dilation, strict=True))
+    kernel = tuple(
+        rng.choice((rng.randint(1, n // d), min(rng.randint(1, 9), n // d), n // d))
+        for n, d in zip(shape, dilation, strict=True)
+    )
     stride = tuple(rng.choice((1, rng.randint(1, k), k)) for k in kernel)
     is_causal = tuple(rng.random() < 0.25 for _ in shape)
     heads_kv = rng.randint(1, 3)
@@ -108,14 +111,15 @@ def inputs_of(case: Case) -> Inputs:
 
 def dense_mask(problem: Problem) -> torch.Tensor:
     """`[queries, keys]`, true where a query sees a key: the definition, key by key."""
-    mask = torch.ones(1, 1, dtype=torch.bool)
+    mask = torch.ones(1, 1, dtype=torch.bool, device="cuda")
     for axis in problem.axes:
-        sees = torch.zeros(axis.length, axis.length, dtype=torch.bool)
-        for query in range(axis.length):
-            window = axis.window(query)
-            sees[query, window.start : window.stop : window.step] = True
-        mask = torch.kron(mask.to(torch.uint8), sees.to(torch.uint8)).bool()
-    return mask.cuda()
+        windows = [axis.window(query) for query in range(axis.length)]
+        pairs = torch.tensor([(query, key) for query, window in enumerate(windows) for key in window], device="cuda")
+        sees = torch.zeros(axis.length, axis.length, dtype=torch.bool, device="cuda")
+        sees[pairs[:, 0], pairs[:, 1]] = True
+        size = mask.shape[0] * axis.length
+        mask = (mask[:, None, :, None] & sees[None, :, None, :]).reshape(size, size)
+    return mask
 
 
 def dense(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Output:

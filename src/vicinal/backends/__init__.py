@@ -102,8 +102,10 @@ def present(device: torch.device) -> Hardware:
     for record in KNOWN.values():
         # Names such as "NVIDIA H100 80GB HBM3"; memory tells variants of one chip apart.
         chip = record.name.split("-")[0].upper()
-        if record.arch == arch and chip in properties.name.upper().replace(" ", "") and record.units == (
-            properties.multi_processor_count
+        if (
+            record.arch == arch
+            and chip in properties.name.upper().replace(" ", "")
+            and record.units == (properties.multi_processor_count)
         ):
             return record
     return Hardware(

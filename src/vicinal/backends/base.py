@@ -49,7 +49,10 @@ class Backend(Protocol):
     will run. Outputs are contiguous. Both must compute strided inputs right.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What a call may insist on."""
+        ...
 
     def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Every reason, as a sentence part, why this backend will not run the problem there."""

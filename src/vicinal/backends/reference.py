@@ -67,12 +67,13 @@ def _weights(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, 
         if inputs.additional_lengths is not None:
             valid = torch.arange(problem.additional, device=q.device) < inputs.additional_lengths[:, None]
         allowed = torch.cat([allowed, valid[:, None, :].expand(-1, problem.tokens, -1)], dim=2)
+    # Keys that no query sees may hold anything, and 0 * nan would still be heard.
+    seen = allowed.any(dim=1)[:, :, None, None]
+    k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
     hidden = ~allowed[:, None, None]
     scores = problem.scale * torch.einsum("bnhgd,bmhd->bhgnm", q, k)
     scores = scores.masked_fill(hidden, -torch.inf)
     lse = scores.logsumexp(dim=-1)
-    # A hidden pair has weight 0 whatever its value holds, infinities included.
-    v = torch.where(allowed.any(dim=1)[:, :, None, None], v, 0)
     return torch.exp(scores - lse[..., None]), lse, q, k, v
 
 
@@ -90,7 +91,7 @@ class Reference:
         return (Tiling(problem.shape, problem.shape, kv_origin="grid"),)
 
     def forward(self, plan: Plan, inputs: Inputs) -> Output:
-        p, lse, q, _, v = _weights(plan.problem, inputs)
+        p, lse, _, _, v = _weights(plan.problem, inputs)
         out = torch.einsum("bhgnm,bmhd->bnhgd", p, v)
         shape = inputs.query.shape[:-1]
         out = out.reshape(*shape, plan.problem.head_dim_v).to(inputs.query.dtype)

@@ -30,8 +30,13 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Contender(Protocol):
     """Something that can be timed."""
 
-    name: str
-    is_dense: bool  # answers for all pairs of tokens, whatever the window
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it answers for all pairs of tokens, whatever the window."""
+        ...
 
     def why_not(self, problem: Problem, device: torch.device, what: str) -> tuple[str, ...]:
         """Why it does not run that pass of the problem there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -103,7 +103,7 @@ def run(
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Generator[None, None, None]:
     """PyTorch on that many CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -174,7 +174,7 @@ def check_answers(
         if contender.is_dense:
             errors.append(None)
             continue
-        leaves = [tensor.detach().requires_grad_(what != FORWARD) for tensor in inputs[:3] if tensor is not None]
+        leaves = [tensor.detach().requires_grad_(what != FORWARD) for tensor in inputs[:3]]
         out = call(*leaves)
         shares = [_share(out.detach().flatten(1, rank)[:, tokens], eager.out, truth.out, inputs.value)]
         if what != FORWARD:

@@ -53,7 +53,14 @@ SMOKE = (
 
 
 def _h100(
-    name: str, source: str, goal: float | None, shape: tuple[int, ...], window: Any, heads: int, head_dim: int, **more: Any
+    name: str,
+    source: str,
+    goal: float | None,
+    shape: tuple[int, ...],
+    window: Any,
+    heads: int,
+    head_dim: int,
+    **more: Any,
 ) -> Spec:
     problem = Problem.grid(shape, window, heads=heads, head_dim=head_dim, dtype="bfloat16", **more)
     return Spec(name, problem, source, goal_milliseconds=goal)
@@ -62,6 +69,7 @@ def _h100(
 _HUNYUAN, _WAN = "HunyuanVideo, GNA paper (arXiv 2504.16922)", "Wan 2.1 14B, 720p"
 _FLUX, _COSMOS = "FLUX.1 4K, GNA paper", "Cosmos-7B, GNA paper"
 _PREDICT, _LTX = "Cosmos-Predict2-2B", "LTX-2.5 decoder"
+_IN_TIME = (True, False, False)
 _LONG, _DINAT = "long 1-D sequences", "DiNAT (arXiv 2209.15001), 64 images"
 
 H100_FORWARD = (
@@ -88,7 +96,7 @@ H100_FORWARD = (
     _h100("65536 w2048", _LONG, 0.95, (65536,), 2048, 8, 128),
     _h100("65536 w2048 causal", _LONG, 0.95, (65536,), 2048, 8, 128, is_causal=True),
     _h100("65536 w2048 s2048", _LONG, 0.9, (65536,), 2048, 8, 128, stride=2048),
-    _h100("HunyuanVideo causal in time", _HUNYUAN, 30, (30, 48, 80), (18, 24, 24), 24, 128, is_causal=(True, False, False)),
+    _h100("HunyuanVideo causal in time", _HUNYUAN, 30, (30, 48, 80), (18, 24, 24), 24, 128, is_causal=_IN_TIME),
     _h100("DiNAT 56x56", _DINAT, 0.20, (56, 56), 7, 2, 64, batch=64),
     _h100("DiNAT 56x56 d8", _DINAT, 0.25, (56, 56), 7, 2, 64, batch=64, dilation=8),
     _h100("DiNAT 28x28 d4", _DINAT, 0.20, (28, 28), 7, 4, 64, batch=64, dilation=4),

@@ -80,3 +80,8 @@ for _command in (
     trust.doctor,
 ):
     app.command()(_command)
+
+
+def main() -> None:
+    """The command `vicinal`."""
+    app(prog_name="vicinal")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[..., None]]:
+def progress(label: str) -> Generator[Callable[..., None]]:
     """A bar on stderr with the time it took, gone when done; nothing where stderr is no terminal.
 
     What it yields is called with steps done, steps in all and, if it changes, what is being done.

@@ -36,6 +36,7 @@ def draw(pictures: Pictures, result: Result, path: Path) -> Path:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ModuleNotFoundError:
         raise Unsupported("figures need matplotlib; install it, for example as pip install 'vicinal[plots]'") from None
     theirs, ours = result.rows[0], result.rows[-2]
@@ -50,8 +51,8 @@ def draw(pictures: Pictures, result: Result, path: Path) -> Path:
     height, width = pictures.clean.shape[:2]
     side = 3.1
     with rc_context({"font.size": 10, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(side * len(columns) + 0.4, side * height / width + side + 1.2), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.04, h_pad=0.05, wspace=0.01, hspace=0.02)  # pyright: ignore[reportOptionalMemberAccess]
+        layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05, wspace=0.01, hspace=0.02)
+        figure = Figure(figsize=(side * len(columns) + 0.4, side * height / width + side + 1.2), layout=layout)
         panels = figure.subplots(2, len(columns), height_ratios=[height / width, 1])
         for column, (name, note, picture) in enumerate(columns):
             _picture(panels[0, column], picture)
@@ -121,8 +122,8 @@ def _label(panel: Any, height: float, text: str) -> None:
 def _headline(result: Result) -> str:
     theirs, ours = result.rows[0], result.rows[-2]
     return (
-        f"Non-local means as neighborhood attention: {ours.psnr - theirs.psnr:+.2f} dB over scikit-image's exact filter, "
-        f"{theirs.seconds / ours.seconds:.0f}x as fast, each at its best strength"
+        f"Non-local means as neighborhood attention: {ours.psnr - theirs.psnr:+.2f} dB over scikit-image's exact "
+        f"filter, {theirs.seconds / ours.seconds:.0f}x as fast, each at its best strength"
     )
 
 
@@ -130,6 +131,6 @@ def _footnote(result: Result) -> str:
     size = "x".join(map(str, result.shape[:2]))
     return (
         f"{result.picture} ({size}) with Gaussian noise of {result.sigma:g} of full range; the framed part is enlarged "
-        f"below. Same patches and search windows, one pass, one machine. "
+        f"below. Same patches and search windows, one pass, one thread. "
         f"Dense attention over all pixels would take about {result.dense_s:,.0f} s here (extrapolated from a crop)."
     )

@@ -5,7 +5,6 @@ Annotations are evaluated here (no `from __future__ import annotations`), since 
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -87,15 +86,14 @@ def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
     shared = inspect.signature(problem_of).parameters
     own = [p for name, p in inspect.signature(command).parameters.items() if name != "problem"]
 
-    @wraps(command)
     def with_problem(**options: Any) -> None:
         command(problem_of(**{name: options.pop(name) for name in shared}), **options)
 
-    # typer reads options off the signature, and their types off the annotations.
+    # typer reads options off the signature, their types off the annotations, and the help off the rest.
     options = [option.replace(kind=option.KEYWORD_ONLY) for option in (*shared.values(), *own)]
-    with_problem.__signature__ = inspect.Signature(options)
+    vars(with_problem)["__signature__"] = inspect.Signature(options)
     with_problem.__annotations__ = {option.name: option.annotation for option in options}
-    delattr(with_problem, "__wrapped__")
+    with_problem.__name__, with_problem.__doc__ = command.__name__, command.__doc__
     return with_problem
 
 

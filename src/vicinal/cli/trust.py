@@ -26,16 +26,15 @@ def check(
     from vicinal.testing import check_backend
 
     place = torch_device(device)
-    reports: list[Any] = []
     with progress("checking") as update:
-        for candidate in (named(backend),) if backend else ALL:
-            reports.append(
-                check_backend(
-                    candidate,
-                    device=place,
-                    progress=lambda law, i, n, who=candidate.name: update(i, n, f"{who}: {law.name}"),
-                )
+        reports = [
+            check_backend(
+                candidate,
+                device=place,
+                progress=lambda law, i, n, who=candidate.name: update(i, n, f"{who}: {law.name}"),
             )
+            for candidate in ((named(backend),) if backend else ALL)
+        ]
     if as_json:
         say_json([_report_facts(report) for report in reports])
     else:
@@ -72,7 +71,7 @@ def doctor(as_json: Json = False) -> None:
     """Print versions, devices and which backends run here: the first lines of a bug report."""
     from vicinal.cli._machine import devices, versions
 
-    found = {
+    found: dict[str, Any] = {
         "versions": versions(PACKAGES),
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -74,7 +74,7 @@ class Law:
     def _accepted(
         self, backend: Backend, problem: Problem, hardware: Hardware, number: int
     ) -> tuple[list[Problem], list[str]]:
-        """Up to `most` variants of the problem that the backend takes, in dtypes that change from problem to problem."""
+        """Up to `most` variants of the problem that the backend takes, in dtypes that vary."""
         reasons: dict[str, None] = {}
         takes: dict[str, list[Problem]] = {}
         for variant in variants(problem):

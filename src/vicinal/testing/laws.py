@@ -20,7 +20,8 @@ from vicinal.functional import merge_attentions
 from vicinal.hardware import Hardware
 from vicinal.plan import make_plan
 from vicinal.problem import Problem
-from vicinal.testing.cases import generator, make_inputs, make_output_gradients, normal
+from vicinal.testing.cases import generator, make_inputs, make_output_gradients
+from vicinal.testing.layouts import LAYOUTS, with_nan_beyond_lengths
 from vicinal.testing.tolerance import assert_as_good_as_eager
 from vicinal.testing.truth import Answer, mask, truth_and_eager
 from vicinal.tiling import Tiling
@@ -83,10 +84,9 @@ def assert_solved(
     assert_as_good_as_eager(lse, eager.lse, truth.lse, slack=trial.slack, what="lse")
     gradients = trial.backward(inputs, output, *grads, tiling)
     for name, gradient, tensor, like, wanted in zip(
-        Gradients._fields, gradients, inputs, eager.gradients + (None,) * 2, truth.gradients + (None,) * 2, strict=False
+        Gradients._fields, gradients, inputs, eager.gradients, truth.gradients, strict=False
     ):
-        if tensor is None or like is None or wanted is None:
-            continue
+        assert tensor is not None  # there is a true gradient for each tensor that there is
         if gradient is None or gradient.shape != tensor.shape or gradient.dtype != tensor.dtype:
             raise AssertionError(f"the gradient of {name} must be like it, {tuple(tensor.shape)} {tensor.dtype}")
         summed = grads[0] if "value" in name else None
@@ -170,7 +170,7 @@ def the_window_is_complete(trial: Trial) -> None:
 
 
 def _one_window_each(trial: Trial, *, outside: bool) -> None:
-    """Each batch row picks one query: seen keys score 0, all others huge; or all 0 but huge negative ones off the faces."""
+    """Each batch row picks a query; its keys score 0, all others huge, or those on no face hugely negative."""
     picks = _picks(trial.problem, random.Random(trial.seed))
     problem = replace(trial.problem, batch=len(picks), additional=0)
     trial = replace(trial, problem=problem)
@@ -193,8 +193,9 @@ def _one_window_each(trial: Trial, *, outside: bool) -> None:
     weights = (kept if problem.scale else seen).double()
     group = problem.heads // problem.heads_kv
     truth, eager = (
-        torch.einsum("bn,bnhd->bhd", (weights / weights.sum(1, keepdim=True)).to(d), value.to(d))
-        .repeat_interleave(group, 1)
+        torch.einsum("bn,bnhd->bhd", (weights / weights.sum(1, keepdim=True)).to(d), value.to(d)).repeat_interleave(
+            group, 1
+        )
         for d in (torch.float64, value.dtype)
     )
     actual = output.out.flatten(1, problem.rank)[rows, tokens]
@@ -222,7 +223,11 @@ def _faces(problem: Problem, seen: Tensor) -> Tensor:
 
 def whole_window_is_dense_attention(trial: Trial) -> None:
     """A window as large as the grid is dense attention, as PyTorch's own operator computes it."""
-    _equals_sdpa(trial, lambda tensor: tensor.flatten(1, trial.problem.rank).transpose(1, 2))
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.flatten(1, trial.problem.rank).transpose(1, 2)
+
+    _equals_sdpa(trial, cut)
 
 
 def strided_window_is_blocked_attention(trial: Trial) -> None:
@@ -243,7 +248,7 @@ def strided_window_is_blocked_attention(trial: Trial) -> None:
 def _equals_sdpa(trial: Trial, cut: Callable[[Tensor], Tensor]) -> None:
     """`cut` turns `[B, *S, H, D]` into independent dense problems `[.., H, tokens, D]`."""
     inputs, problem = trial.inputs(), trial.problem
-    q, k, v = (cut(tensor) for tensor in inputs[:3] if tensor is not None)
+    q, k, v = (cut(tensor) for tensor in inputs[:3])
     group = problem.heads // problem.heads_kv
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     truth = scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=problem.scale)
@@ -271,7 +276,9 @@ def batch_and_heads_permute(trial: Trial) -> None:
     moved = [None if t is None else move(t, o, -2) for t, o in zip(inputs, orders, strict=False)]
     lengths = None if inputs.additional_lengths is None else inputs.additional_lengths.index_select(0, rows)
     query, key, value, keys, values = (*moved, None, None)[:5]
-    assert query is not None and key is not None and value is not None
+    assert query is not None
+    assert key is not None
+    assert value is not None
     truth, eager = (
         answer._replace(
             out=move(answer.out, heads, -2),
@@ -288,7 +295,8 @@ def merged_halves_are_the_whole(trial: Trial) -> None:
     """Attention to the windows, merged with attention to the additional keys, is attention to both at once."""
     problem, inputs = trial.problem, trial.inputs()
     keys, values, lengths = inputs.additional_keys, inputs.additional_values, inputs.additional_lengths
-    assert keys is not None and values is not None
+    assert keys is not None
+    assert values is not None
     windows = replace(trial, problem=replace(problem, additional=0))
     out, lse = windows.forward(Inputs(*inputs[:3]))
     group = problem.heads // problem.heads_kv
@@ -310,13 +318,15 @@ def merged_halves_are_the_whole(trial: Trial) -> None:
 
 def memory_around_is_not_read(trial: Trial) -> None:
     """NaN in the memory around the tensors leaves no trace, and strided inputs are computed right."""
-    problem, inputs = trial.problem, _with_nan_beyond_lengths(trial.inputs())
+    problem, inputs = trial.problem, with_nan_beyond_lengths(trial.inputs())
     grads = make_output_gradients(problem, trial.device, trial.seed)
     answers = _answers(problem, inputs, grads)
     for name, lay in LAYOUTS.items():
         laid = [None if t is None else lay(t) for t in inputs[:5]]
         query, key, value, keys, values = laid
-        assert query is not None and key is not None and value is not None
+        assert query is not None
+        assert key is not None
+        assert value is not None
         tensors = Inputs(query, key, value, keys, values, inputs.additional_lengths)
         try:
             assert_solved(trial, tensors, (lay(grads[0]), grads[1]), answers)
@@ -324,63 +334,6 @@ def memory_around_is_not_read(trial: Trial) -> None:
             raise AssertionError(f"inputs laid out as {name}: {error}") from None
     ones = torch.ones((), device=trial.device, dtype=grads[0].dtype).expand_as(grads[0])  # what sum() sends back
     assert_solved(trial, inputs, (ones, None), _answers(problem, inputs, (ones, None)))
-
-
-def _with_nan_beyond_lengths(inputs: Inputs) -> Inputs:
-    """Additional keys that do not count hold NaN in memory that nobody filled; so do their values."""
-    _, _, _, keys, values, lengths = inputs
-    if keys is None or values is None:
-        return inputs
-    if lengths is None:
-        lengths = torch.arange(keys.shape[0], device=keys.device) % (keys.shape[1] + 1)
-    beyond = (torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None])[:, :, None, None]
-    filled = [tensor.masked_fill(beyond, torch.nan) for tensor in (keys, values)]
-    return Inputs(*inputs[:3], filled[0], filled[1], lengths)
-
-
-def _banded(tensor: Tensor) -> Tensor:
-    band = 4096
-    memory = torch.full((tensor.numel() + 2 * band,), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    inner = memory[band : band + tensor.numel()].view(tensor.shape)
-    inner.copy_(tensor)
-    return inner
-
-
-def _embedded(tensor: Tensor) -> Tensor:
-    """Part of a larger tensor on every axis; the last grows by 8 so that rows stay aligned to 16 bytes."""
-    shape = [n + 2 for n in tensor.shape[:-1]] + [tensor.shape[-1] + 8]
-    memory = torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
-    inner = memory[tuple(slice(1, 1 + n) for n in tensor.shape[:-1]) + (slice(0, tensor.shape[-1]),)]
-    inner.copy_(tensor)
-    return inner
-
-
-def _fused(tensor: Tensor) -> Tensor:
-    """Every third head of a fused projection."""
-    *rest, heads, width = tensor.shape
-    memory = torch.full((*rest, heads, 3, width), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    memory[..., 1, :] = tensor
-    return memory[..., 1, :]
-
-
-def _heads_first(tensor: Tensor) -> Tensor:
-    return tensor.movedim(-2, 1).contiguous().movedim(1, -2)
-
-
-def _sparse_columns(tensor: Tensor) -> Tensor:
-    memory = torch.full((*tensor.shape, 2), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    memory[..., 0] = tensor
-    return memory[..., 0]
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous tensors between guard bands": _banded,
-    "slices of larger tensors": _embedded,
-    "heads of a fused projection": _fused,
-    "heads-first memory": _heads_first,
-    "every other column": _sparse_columns,
-}
-"""Ways to lay a tensor out in memory that is NaN elsewhere."""
 
 
 def two_runs_are_bitwise_equal(trial: Trial) -> None:

@@ -46,7 +46,7 @@ def grids(draw: st.DrawFn, *, rank: int | None = None, most_tokens: int = 400) -
         used = {axis.length for axis in chosen}
         # Later axes need different lengths too: at least `left` tokens each, by the pigeonhole.
         longest = max(int((room / (rank + 1) ** (left - 1)) ** (1 / left) * 1.5), rank + 1)
-        length = draw(near_multiples(min(longest, room)).filter(lambda n: n not in used))
+        length = draw(near_multiples(min(longest, room)).filter(lambda n, used=used: n not in used))
         room = max(room // length, rank + 1)
         chosen.append(draw(axes(length=length)))
     return tuple(draw(st.permutations(chosen)))

@@ -69,8 +69,7 @@ def mask(problem: Problem, tokens: Tensor | None = None) -> Tensor:
         >>> mask(Problem.grid((3, 4), kernel_size=(1, 2))).sum().item()
         24
     """
-    if tokens is None:
-        tokens = torch.arange(problem.tokens)
+    tokens = torch.arange(problem.tokens) if tokens is None else tokens
     seen = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)
     stretch = problem.tokens
     for axis in problem.axes:

@@ -89,7 +89,9 @@ def prepare(plan: Plan, tensors: list[Tensor], device: int) -> tuple[Launch, lis
     addresses = [tensor.data_ptr() for tensor in tensors]
     launch = on_device(prepared, device, plan, tuple([tensor.stride() for tensor in tensors]), device)
     if launch is None or any(address % ALIGNMENT for address in addresses):
-        tensors[:] = [tensor if is_mappable(tensor) else tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        tensors[:] = [
+            tensor if is_mappable(tensor) else tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors
+        ]
         return prepare(plan, tensors, device)
     return launch, addresses
 

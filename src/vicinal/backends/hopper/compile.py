@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from functools import lru_cache
 from typing import Any
 
@@ -52,10 +53,29 @@ def signature(variant: Variant) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def compiled(variant: Variant) -> Any:
-    """The kernel of `variant`, compiled for sm_90a; needs no GPU. Triton keeps the result on disk."""
-    kernel = forward_small if variant.consumers == 1 else forward
-    options = {"num_warps": 4}
-    if variant.max_registers:
-        options["maxnreg"] = variant.max_registers
-    source = GluonASTSource(kernel, signature(variant), {"V": variant})
-    return triton.compile(source, target=HOPPER, options=options)
+    """The kernel of `variant`, compiled for sm_90a with the tightest register cap under which nothing spills.
+
+    Needs no GPU. Triton keeps the result on disk.
+    """
+    source = GluonASTSource(forward_small if variant.consumers == 1 else forward, signature(variant), {"V": variant})
+    for cap in variant.register_caps:
+        options = {"num_warps": 4, "maxnreg": cap} if cap else {"num_warps": 4}
+        kernel = triton.compile(source, target=HOPPER, options=options)
+        if stack_bytes(kernel.asm["cubin"]) == 0:
+            break
+    return kernel
+
+
+FRAME_SIZE = struct.pack("<BBH", 4, 0x11, 8)
+"""Begins the record of a function's stack frame in a cubin: sized, EIATTR_FRAME_SIZE, 8 bytes (symbol, size)."""
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of local memory per thread: 0 if no register was spilled."""
+    frames, start = [], cubin.find(FRAME_SIZE)
+    while start >= 0:
+        frames.append(struct.unpack_from("<I", cubin, start + len(FRAME_SIZE) + 4)[0])
+        start = cubin.find(FRAME_SIZE, start + 1)
+    if not frames:
+        raise RuntimeError("this cubin does not tell its stack frames; the toolchain is one that vicinal does not know")
+    return max(frames)

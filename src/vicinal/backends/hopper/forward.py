@@ -30,6 +30,7 @@ from vicinal.backends.hopper.softmax import (
     per_row,
     scores_layout,
     start_scores,
+    tokens_of,
 )
 from vicinal.backends.hopper.tile import (
     columns_of,
@@ -38,6 +39,7 @@ from vicinal.backends.hopper.tile import (
     load_queries,
     next_box,
     next_slot,
+    query_place,
     tile_of,
 )
 
@@ -92,11 +94,13 @@ def producer(block, query, key, value, more_key, more_value, V: gl.constexpr):
         load_next(key, more_key, block.columns[1], block.columns[3], tile, boxes, i, t, h, w, keys.full.index(slot), keys.slots.index(slot), V)  # fmt: skip
         if i == 0:
             for number in gl.static_range(gl.constexpr(V.consumers)):
-                load_queries(query, block.columns[0], tile, block.q_full.index(number), block.q_smem.index(number), V, number)
+                load_queries(
+                    query, block.columns[0], tile, block.q_full.index(number), block.q_smem.index(number), V, number
+                )
         mbarrier.wait(values.free.index(slot), phase ^ 1)
         mbarrier.expect(values.full.index(slot), value.block_type.nbytes)
         load_next(value, more_value, block.columns[2], block.columns[4], tile, boxes, i, t, h, w, values.full.index(slot), values.slots.index(slot), V)  # fmt: skip
-        t, h, w = next_box(t, h, w, tile)
+        t, h, w = next_box(t, h, w, tile, V)
         slot, phase = next_slot(slot, phase, V.stages)
 
 
@@ -130,7 +134,7 @@ def walk_overlapped(q, mask, block, scale, V: gl.constexpr):
     k_slot, k_phase = next_slot(k_slot, k_phase, V.stages)
     mbarrier.wait(keys.full.index(k_slot), k_phase, pred=n > 1)
     for i in range(1, n):
-        t, h, w = next_box(t, h, w, tile)
+        t, h, w = next_box(t, h, w, tile, V)
         in_window = i < counts[0]
         scores = start_scores(q, keys.slots.index(k_slot), mask, block.code, t, h, w, in_window, V)
         mbarrier.wait(values.full.index(v_slot), v_phase)
@@ -183,7 +187,7 @@ def walk(q, mask, block, scale, V: gl.constexpr):
         acc = acc * per_row(rescale, V)
         mbarrier.wait(values.full.index(slot), phase)
         out = warpgroup_mma(p, values.slots.index(slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
-        t, h, w = next_box(t, h, w, tile)
+        t, h, w = next_box(t, h, w, tile, V)
         acc = warpgroup_mma_wait(0, deps=[out])
         mbarrier.arrive(values.free.index(slot))
         slot, phase = next_slot(slot, phase, V.stages)
@@ -194,6 +198,7 @@ def walk(q, mask, block, scale, V: gl.constexpr):
 def consumer(number: gl.constexpr, block, out, lse, axes, heads, scale, V: gl.constexpr):
     """Attention of warpgroup `number`, from its queries to its outputs."""
     mask = mask_of(block.tile, axes, scores_layout(V), V, number)
+    tokens = tokens_of(block.tile, axes, V, number)
     smem = block.q_smem.index(number)
     q = smem.reshape([64, V.head_dim])
     mbarrier.wait(block.q_full.index(number), 0)
@@ -201,7 +206,8 @@ def consumer(number: gl.constexpr, block, out, lse, axes, heads, scale, V: gl.co
         acc, peak, total = walk_overlapped(q, mask, block, scale, V)
     else:
         acc, peak, total = walk(q, mask, block, scale, V)
-    finish(acc, peak, total, out, lse, smem, block.tile, axes, block.columns[5], heads, V, number)
+    place = query_place(block.tile, block.columns[5], V, number)
+    finish(acc, peak, total, out, lse, smem, place, tokens, axes, heads, V)
 
 
 @gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "scale"])

@@ -25,6 +25,7 @@ from vicinal.backends.hopper.softmax import (
     per_row,
     scores_layout,
     start_scores,
+    tokens_of,
 )
 from vicinal.backends.hopper.tile import (
     columns_of,
@@ -33,6 +34,7 @@ from vicinal.backends.hopper.tile import (
     load_queries,
     next_box,
     next_slot,
+    query_place,
     tile_of,
 )
 
@@ -72,10 +74,12 @@ def forward_small(
     for i in gl.static_range(gl.constexpr(V.stages)):
         if i < n:
             load_both(sources, columns, tile, counts, i, next_t, next_h, next_w, full.index(i), k_smem.index(i), v_smem.index(i), V)  # fmt: skip
-        next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile)
+        next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile, V)
 
     layout: gl.constexpr = scores_layout(V)
     mask = mask_of(tile, axes, layout, V, 0)
+    tokens = tokens_of(tile, axes, V, 0)
+    place = query_place(tile, columns[5], V, 0)
     code = place_code(V, 4) if V.mask == "coded" else 0
     fence_async_shared()
     q = q_smem.reshape([64, V.head_dim])
@@ -99,9 +103,11 @@ def forward_small(
         acc = acc * per_row(rescale, V)
         result = warpgroup_mma(p, v_smem.index(slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[result])
+        t, h, w = next_box(t, h, w, tile, V)
         if i + V.stages < n:
+            next_t, next_h, next_w = t, h, w
+            for _ in gl.static_range(gl.constexpr(V.stages - 1)):
+                next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile, V)
             load_both(sources, columns, tile, counts, i + V.stages, next_t, next_h, next_w, full.index(slot), k_smem.index(slot), v_smem.index(slot), V)  # fmt: skip
-        next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile)
-        t, h, w = next_box(t, h, w, tile)
         slot, phase = next_slot(slot, phase, V.stages)
-    finish(acc, peak, total, out, lse, q_smem, tile, axes, columns[5], heads, V, 0)
+    finish(acc, peak, total, out, lse, q_smem, place, tokens, axes, heads, V)

@@ -178,8 +178,18 @@ class TensorMap:
         ones = (ctypes.c_uint32 * RANK)(*[1] * RANK)
         _check(
             _driver().cuTensorMapEncodeTiled(
-                self.pointer, DATA_TYPE[dtype], RANK, base, sizes, strides, sides, ones,
-                0, SWIZZLE[swizzle], L2_PROMOTION_128B, 0,
+                self.pointer,
+                DATA_TYPE[dtype],
+                RANK,
+                base,
+                sizes,
+                strides,
+                sides,
+                ones,
+                0,
+                SWIZZLE[swizzle],
+                L2_PROMOTION_128B,
+                0,
             )  # fmt: skip
         )
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from vicinal.backends.hopper.tile import window_start, window_stop
+from vicinal.backends.hopper.tile import row_places, window_start, window_stop
 
 NEVER = gl.constexpr(-(2.0**100))
 """What hides a score: far below any other, and a power of two, so that sums of a few cancel exactly."""
@@ -25,9 +25,7 @@ def row_window(row, span, axis, IS_CAUSAL: gl.constexpr):
 @gluon.jit
 def row_windows(rows, tile, axes, V: gl.constexpr, consumer: gl.constexpr):
     """Windows of the rows of one warpgroup: start and length on each axis."""
-    t = rows // (V.box[1] * V.box[2]) + (consumer * V.box[0] if V.stack == 0 else 0)
-    h = rows // V.box[2] % V.box[1] + (consumer * V.box[1] if V.stack == 1 else 0)
-    w = rows % V.box[2] + (consumer * V.box[2] if V.stack == 2 else 0)
+    t, h, w = row_places(rows, V, consumer)
     t_start, t_size = row_window(t, tile.t, axes[0], V.is_causal)
     h_start, h_size = row_window(h, tile.h, axes[1], V.is_causal)
     w_start, w_size = row_window(w, tile.w, axes[2], V.is_causal)

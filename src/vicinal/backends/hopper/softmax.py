@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 
 from vicinal.backends.hopper.mask import penalties, select, select_valid
-from vicinal.backends.hopper.tile import query_place, store_box
+from vicinal.backends.hopper.tile import row_places, store_box
 
 FLOOR = gl.constexpr(-1e20)
 """Lower bound of the running maximum, so that a row whose keys are all hidden so far stays finite."""
@@ -83,19 +83,31 @@ def per_row(x, V: gl.constexpr):
 
 
 @gluon.jit
-def finish(acc, peak, total, desc, lse, smem, tile, axes, column, heads, V: gl.constexpr, consumer: gl.constexpr):
+def tokens_of(tile, axes, V: gl.constexpr, consumer: gl.constexpr):
+    """Number of each row's token in its batch row, or -1 for rows past the grid's end.
+
+    Computed ahead of the walk, so that the walk need not keep the tile's spans in registers.
+    """
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, scores_layout(V)))
+    t, h, w = row_places(rows, V, consumer)
+    t = tile.t.first + t
+    h = tile.h.first + h
+    w = tile.w.first + w
+    exists = (t < tile.t.members) & (h < tile.h.members) & (w < tile.w.members)
+    token = tile.t.group + t * axes[0].dilation
+    token = token * axes[1].length + tile.h.group + h * axes[1].dilation
+    token = token * axes[2].length + tile.w.group + w * axes[2].dilation
+    return gl.where(exists, token, -1)
+
+
+@gluon.jit
+def finish(acc, peak, total, desc, lse, smem, place, tokens, axes, heads, V: gl.constexpr):
     """Write the outputs, through shared memory, and the log-sum-exps of one warpgroup."""
     q = smem.reshape([64, V.head_dim])
     q.store((acc * per_row(1.0 / total, V)).to(desc.dtype))
     fence_async_shared()
-    store_box(desc, query_place(tile, column, V, consumer), smem)
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, scores_layout(V)))
-    t = tile.t.first + rows // (V.box[1] * V.box[2]) + (consumer * V.box[0] if V.stack == 0 else 0)
-    h = tile.h.first + rows // V.box[2] % V.box[1] + (consumer * V.box[1] if V.stack == 1 else 0)
-    w = tile.w.first + rows % V.box[2] + (consumer * V.box[2] if V.stack == 2 else 0)
-    exists = (t < tile.t.members) & (h < tile.h.members) & (w < tile.w.members)
-    token = tile.batch.to(gl.int64) * axes[0].length + tile.t.group + t * axes[0].dilation
-    token = token * axes[1].length + tile.h.group + h * axes[1].dilation
-    token = token * axes[2].length + tile.w.group + w * axes[2].dilation
-    gl.store(lse + token * heads + tile.head, (peak + gl.log2(total)) * LN2, mask=exists)
+    store_box(desc, place, smem)
+    grid = axes[0].length.to(gl.int64) * axes[1].length * axes[2].length
+    row = (gl.program_id(2) * grid + tokens) * heads + gl.program_id(1)
+    gl.store(lse + row, (peak + gl.log2(total)) * LN2, mask=tokens >= 0)
     tma.store_wait(0)

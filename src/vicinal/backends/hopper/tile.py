@@ -134,14 +134,27 @@ def columns_of(tile, steps, heads_per_key, V: gl.constexpr):
 
 
 @gluon.jit
-def next_box(t, h, w, tile):
+def row_places(rows, V: gl.constexpr, consumer: gl.constexpr):
+    """Where the rows of one warpgroup lie in the tile."""
+    t = rows // (V.box[1] * V.box[2]) + (consumer * V.box[0] if V.stack == 0 else 0)
+    h = rows // V.box[2] % V.box[1] + (consumer * V.box[1] if V.stack == 1 else 0)
+    w = rows % V.box[2] + (consumer * V.box[2] if V.stack == 2 else 0)
+    return t, h, w
+
+
+@gluon.jit
+def next_box(t, h, w, tile, V: gl.constexpr):
     """The KV box after this one, the last axis fastest."""
     w = w + 1
-    wrap = w == tile.w.visited
-    w = gl.where(wrap, 0, w)
-    h = gl.where(wrap, h + 1, h)
-    wrap = h == tile.h.visited
-    return gl.where(wrap, t + 1, t), gl.where(wrap, 0, h), w
+    if V.rank > 1:
+        wrap = w == tile.w.visited
+        w = gl.where(wrap, 0, w)
+        h = gl.where(wrap, h + 1, h)
+    if V.rank > 2:
+        wrap = h == tile.h.visited
+        h = gl.where(wrap, 0, h)
+        t = gl.where(wrap, t + 1, t)
+    return t, h, w
 
 
 @gluon.jit

@@ -1,0 +1,184 @@
+"""What is gathered at a time: views of the user's tensors, and copies of the boxes that some tiles need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
+
+import torch
+from torch import Tensor
+
+from vicinal._tuples import ceil_div
+from vicinal.backends.blocked.tiles import Column, Part, Slices, Tile, length
+
+SCORES = 2**18
+"""Scores held at a time, if one tile does not have more: 1 MiB in float32, about a core's L2 cache."""
+
+KEYS = 2**22
+"""Elements of gathered keys and values held at a time, likewise: about the last-level cache."""
+
+
+@dataclass
+class Scratch:
+    """Named buffers, used again and again: fresh memory costs more to fault in than to compute on."""
+
+    dtype: torch.dtype
+    device: torch.device
+    held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The buffer of that name, contiguous, with whatever it held. The last one taken by the name is gone."""
+        size = prod(shape)
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self.held[name][:size].view(shape)
+
+
+def gather(view: Tensor, rows: slice, boxes: Sequence[Slices], scratch: Scratch, name: str) -> Tensor:
+    """Copy boxes of `[.., *S, D]` into `[boxes, .., rows, tokens across, D]`."""
+    shape = tuple(length(piece) for piece in (rows, *boxes[0]))
+    lead = view.shape[: view.ndim - 1 - len(shape)]
+    copy = scratch.take(name, len(boxes), *lead, *shape, view.shape[-1])
+    for target, box in zip(copy, boxes, strict=True):
+        target.copy_(view[(..., rows, *box, slice(None))])
+    return copy.view(len(boxes), *lead, shape[0], prod(shape[1:]), view.shape[-1])
+
+
+def scatter(copy: Tensor, view: Tensor, rows: slice, boxes: Sequence[Slices], *, add: bool = False) -> None:
+    """The way back: copy (or add) boxes into the view that they were gathered from."""
+    shape = tuple(length(piece) for piece in (rows, *boxes[0]))
+    for source, box in zip(copy, boxes, strict=True):
+        target = view[(..., rows, *box, slice(None))]
+        source = source.reshape(*source.shape[:-3], *shape, source.shape[-1])
+        target.add_(source) if add else target.copy_(source)
+
+
+def slices(shape: Sequence[int], most: int) -> Iterator[Slices]:
+    """Cut a box of units into boxes of about `most`, the last axes kept whole as far as they fit."""
+    if not shape:
+        yield ()
+        return
+    inner = prod(shape[1:])
+    step = max(most // max(inner, 1), 1)
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        for rest in slices(shape[1:], most // (stop - start)):
+            yield (slice(start, stop), *rest)
+
+
+def by_group(tensor: Tensor, part: Part, dilation: Sequence[int]) -> Tensor:
+    """View `[B, *S, .., D]` as `[B, *groups, .., *S of one group, D]`."""
+    for i, (residues, step, size) in enumerate(zip(part.residues, dilation, part.lengths, strict=True)):
+        at = 2 * i + 1
+        stride = tensor.stride(at)
+        tensor = tensor.as_strided(
+            (*tensor.shape[:at], len(residues), size, *tensor.shape[at + 1 :]),
+            (*tensor.stride()[:at], stride, stride * step, *tensor.stride()[at + 1 :]),
+            tensor.storage_offset() + residues[0] * stride,
+        )
+    end = 2 * len(part.lengths) + 1
+    return tensor.permute(0, *range(1, end, 2), *range(end, tensor.ndim - 1), *range(2, end, 2), tensor.ndim - 1)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The user's tensors as one part sees them: units first, then the grid of one group."""
+
+    part: Part
+    dilation: tuple[int, ...]
+    heads_kv: int
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """`[B, *S, H, D]` as `[B, *groups, Hkv, G, *S, D]`."""
+        return by_group(tensor.unflatten(-2, (self.heads_kv, -1)), self.part, self.dilation)
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """`[B, *S, Hkv, D]` as `[B, *groups, Hkv, *S, D]`."""
+        return by_group(tensor, self.part, self.dilation)
+
+    def additional(self, tensor: Tensor) -> Tensor:
+        """`[B, M, Hkv, D]` as `[B, *groups, Hkv, M, D]`."""
+        groups = [len(residues) for residues in self.part.residues]
+        tensor = tensor.transpose(1, 2)
+        return tensor[(slice(None), *[None] * len(groups))].expand(tensor.shape[0], *groups, *tensor.shape[1:])
+
+
+@dataclass
+class Chunk:
+    """Some units by some columns of equal shape by a slab of rows: what is gathered at a time.
+
+    `C` counts columns times units, `R` the query heads that read one key head times the tokens across.
+    """
+
+    part: Part
+    units: Slices
+    columns: Sequence[Column]
+    rows: Sequence[Tile]
+    run: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.rows[0].queries.start, self.rows[-1].queries.stop)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.rows[0].keys.start, max(row.keys.stop for row in self.rows))
+
+    def gather_queries(self, view: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """`[columns, *units, G, rows, across, D]`"""
+        return gather(view[self.units], self.queries, [column.queries for column in self.columns], scratch, name)
+
+    def gather_keys(self, view: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """`[C, rows, across, D]`"""
+        copy = gather(view[self.units], self.keys, [column.keys for column in self.columns], scratch, name)
+        return copy.flatten(0, -4)
+
+    def row_of_queries(self, gathered: Tensor, row: Tile) -> Tensor:
+        """`[C, queries, D]`: in place, but where several query heads read one key head."""
+        start = row.queries.start - self.queries.start
+        piece = gathered[..., start : start + length(row.queries), :, :]
+        return piece.flatten(-4, -2).flatten(0, -3)
+
+    def put_row(self, piece: Tensor, gathered: Tensor, row: Tile) -> None:
+        """Undo `row_of_queries`."""
+        start = row.queries.start - self.queries.start
+        target = gathered[..., start : start + length(row.queries), :, :]
+        target.copy_(piece.view(target.shape))
+
+    def runs(self, row: Tile) -> list[slice]:
+        """The keys of a row along axis 0, at most `run` at a time."""
+        starts = range(row.keys.start, row.keys.stop, self.run)
+        return [slice(start, min(start + self.run, row.keys.stop)) for start in starts]
+
+    def run_of_keys(self, gathered: Tensor, piece: slice) -> Tensor:
+        """`[C, keys, D]`, in place."""
+        start = piece.start - self.keys.start
+        return gathered[:, start : start + length(piece)].flatten(1, 2)
+
+
+def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int) -> Iterator[Chunk]:
+    """Cut a part into chunks whose scores and keys fit the budgets.
+
+    Args:
+        units: `(B, *groups, Hkv)`, the axes of units.
+        groups: query heads that read one key head.
+        width: elements of one key and its value.
+        run: keys along axis 0 that are met at a time.
+    """
+    box = max(length(row.keys) for row in part.rows)
+    tall = max(length(row.queries) for row in part.rows)
+    for shape, columns in groupby(part.columns, key=lambda column: column.shape):
+        alike = list(columns)
+        across = prod(length(piece) for piece in alike[0].keys)
+        batch = max(SCORES // (groups * tall * prod(shape) * min(box, run) * across), 1)
+        count = min(batch, len(alike))
+        held = KEYS // (width * across * count)
+        for at in range(0, len(alike), count):
+            batched = alike[at : at + count]
+            for some in slices(units, batch // count):
+                number = prod(length(piece) for piece in some)
+                slab = max((held // number - box) // tall, ceil_div(box, tall), 1)
+                for first in range(0, len(part.rows), slab):
+                    yield Chunk(part, some, batched, part.rows[first : first + slab], run)

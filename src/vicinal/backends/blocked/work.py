@@ -1,0 +1,101 @@
+"""What the forward and the backward pass share: one problem, walked chunk by chunk and row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vicinal.backends.base import Inputs
+from vicinal.backends.blocked.chunks import Chunk, Scratch, Views, chunks
+from vicinal.backends.blocked.masks import Masks
+from vicinal.backends.blocked.tiles import Tile, length, parts
+from vicinal.plan import Plan
+
+LN2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Keys and values that all queries of a row meet, and the mask between them, if one is needed."""
+
+    k: Tensor  # [C, keys, D]
+    v: Tensor  # [C, keys, Dv]
+    mask: Tensor | None  # [columns, 1 or units.., 1, queries or 1, keys]
+
+
+def scores(q: Tensor, run: Run, columns: int, groups: int, scratch: Scratch) -> Tensor:
+    """Scores in log2, `[C, G * queries, keys]`, -inf where a key is hidden."""
+    s = scratch.take("scores", *q.shape[:2], run.k.shape[1])
+    torch.bmm(q, run.k.transpose(1, 2), out=s)
+    if run.mask is not None:
+        s.view(columns, -1, groups, s.shape[1] // groups, s.shape[2]).add_(run.mask)
+    return s
+
+
+@dataclass
+class Pass:
+    """What the forward and the backward pass share: one problem, walked chunk by chunk and row by row."""
+
+    plan: Plan
+    inputs: Inputs
+
+    def __post_init__(self) -> None:
+        problem, query = self.plan.problem, self.inputs.query
+        # 16-bit inputs are computed in float32: CPUs are no faster in 16 bits, and the sums are long.
+        self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.groups = problem.heads // problem.heads_kv
+        self.log2_scale = problem.scale / LN2
+        self.masks = Masks(self.dtype, query.device)
+        self.scratch = Scratch(self.dtype, query.device)
+
+    def walk(self) -> Iterator[tuple[Views, Chunk]]:
+        problem = self.plan.problem
+        if problem.batch == 0:
+            return
+        for part in parts(self.plan.axes):
+            units = (problem.batch, *(len(residues) for residues in part.residues), problem.heads_kv)
+            width, run = problem.head_dim + problem.head_dim_v, self.plan.tiling.kv_tile[0]
+            for chunk in chunks(part, units, self.groups, width, run):
+                yield Views(part, problem.dilation, problem.heads_kv), chunk
+
+    def rows(self, views: Views, chunk: Chunk) -> Iterator[tuple[Tile, list[Run]]]:
+        """Each row of a chunk with the runs of keys that it meets: its box, cut along axis 0, and the additional keys.
+
+        Runs are views of what was gathered, in the order of `Chunk.runs`.
+        """
+        keys = chunk.gather_keys(views.keys(self.inputs.key), self.scratch, "keys")
+        values = chunk.gather_keys(views.keys(self.inputs.value), self.scratch, "values")
+        extra = self.additional(views, chunk)
+        for row in chunk.rows:
+            across, mask = keys.shape[2], self.masks.chunk(row, chunk.columns)
+            runs: list[Run] = []
+            for piece in chunk.runs(row):
+                start = (piece.start - row.keys.start) * across
+                part = None if mask is None else mask[..., start : start + length(piece) * across]
+                runs.append(Run(chunk.run_of_keys(keys, piece), chunk.run_of_keys(values, piece), part))
+            yield row, [*runs, *extra]
+
+    def additional(self, views: Views, chunk: Chunk) -> list[Run]:
+        """The additional keys of a chunk's units, repeated for its columns: there are few of them."""
+        keys, values, lengths = self.inputs[3:]
+        if keys is None or values is None or keys.shape[1] == 0:
+            return []
+
+        def repeat(tensor: Tensor) -> Tensor:
+            piece = views.additional(tensor)[chunk.units].to(self.dtype)
+            return piece.expand(len(chunk.columns), *piece.shape).flatten(0, -3)
+
+        mask = None
+        if lengths is not None:
+            valid = torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
+            hidden = torch.zeros(valid.shape, dtype=self.dtype, device=keys.device).masked_fill_(~valid, -torch.inf)
+            units = views.additional(hidden[:, :, None, None].expand(-1, -1, keys.shape[2], -1))[chunk.units]
+            mask = units.flatten(0, -3)[None, :, None, None, :, 0]
+            # What lies beyond a length may hold anything; 0 * inf would still be heard.
+            keys = keys.masked_fill(~valid[:, :, None, None], 0)
+            values = values.masked_fill(~valid[:, :, None, None], 0)
+        return [Run(repeat(keys), repeat(values), mask)]
