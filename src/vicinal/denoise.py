@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-STRENGTH = 1.4
+STRENGTH = 1.5
 """Filter strength, in units of the noise's standard deviation, if patches are compared by principal components."""
 
 STRENGTH_WHOLE = 0.9
@@ -112,7 +112,7 @@ def denoise(
             NumPy array or tensor. Integers count as fractions of the largest of their type (255 is 1).
         sigma: standard deviation of the noise, in units of (converted) pixels. `None`: `estimate_sigma`. 0: plain
             weights, for which `h` must be given.
-        h: filter strength, in the same units: larger is smoother. `None`: `1.4 * sigma`, or `0.9 * sigma` for
+        h: filter strength, in the same units: larger is smoother. `None`: `1.5 * sigma`, or `0.9 * sigma` for
             whole patches. Weights lose digits below about a thousandth of the picture's range.
         patch_size: pixels along each side of a patch, odd; one number, or one per axis. `None`: 5, or 3 for
             volumes, and less along axes too thin for that.

@@ -184,7 +184,7 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         ...     (Path(folder) / "a.txt").read_text()
         'all of it'
     """
-    with _scratch(Path(path), Path(path).suffix) as scratch, open(scratch, "wb") as file:
+    with _scratch(Path(path), Path(path).suffix) as scratch, open(scratch, "w+b") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())

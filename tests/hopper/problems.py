@@ -113,10 +113,11 @@ def dense_mask(problem: Problem) -> torch.Tensor:
     """`[queries, keys]`, true where a query sees a key: the definition, key by key."""
     mask = torch.ones(1, 1, dtype=torch.bool, device="cuda")
     for axis in problem.axes:
-        windows = [axis.window(query) for query in range(axis.length)]
-        pairs = torch.tensor([(query, key) for query, window in enumerate(windows) for key in window], device="cuda")
-        sees = torch.zeros(axis.length, axis.length, dtype=torch.bool, device="cuda")
-        sees[pairs[:, 0], pairs[:, 1]] = True
+        rows = torch.zeros(axis.length, axis.length, dtype=torch.bool)
+        for query in range(axis.length):
+            window = axis.window(query)
+            rows[query, window.start : window.stop : window.step] = True
+        sees = rows.cuda()
         size = mask.shape[0] * axis.length
         mask = (mask[:, None, :, None] & sees[None, :, None, :]).reshape(size, size)
     return mask

@@ -237,7 +237,7 @@ def _methods(sigma: float, axis: int | None) -> list[tuple[str, Method, tuple[fl
         return denoise(picture, channel_axis=axis)
 
     # Eight strengths each, around where each method is at its best.
-    low, middle, high = (tuple(start + step / 10 for step in range(8)) for start in (0.5, 0.8, 1.0))
+    low, middle, high = (tuple(start + step / 10 for step in range(8)) for start in (0.5, 0.8, 1.2))
     return [
         ("scikit-image, exact, sigma used", theirs(sigma), low),
         ("scikit-image, exact", theirs(0.0), middle),

@@ -18,7 +18,7 @@ def denoise(
         typer.Option(help="Noise's standard deviation, as a fraction of full range (10 of 255: 0.04). Else estimated."),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="Filter strength, in the same units. Else 1.4 sigma.")
+        float | None, typer.Option("--strength", help="Filter strength, in the same units. Else 1.5 sigma.")
     ] = None,
     patch_size: Annotated[
         str | None, typer.Option(metavar=SHAPE, help="Side of the patches that are compared, odd. Else 5, volumes 3.")

@@ -1,0 +1,201 @@
+"""The operator as PyTorch sees it."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import vicinal
+from vicinal import ops
+
+
+def tensors(*shape, dtype=torch.float32, grad=True, heads=4, heads_kv=2, head_dim=8, head_dim_v=6):
+    batch, *grid = shape
+    widths = ((heads, head_dim), (heads_kv, head_dim), (heads_kv, head_dim_v))
+    return [torch.randn(batch, *grid, *width, dtype=dtype, requires_grad=grad) for width in widths]
+
+
+def strided(*shape):
+    """Slices of one fused projection, as a layer makes them."""
+    batch, *grid = shape
+    fused = torch.randn(batch, *grid, 3, 2, 8)
+    return [fused[..., i, :, :].requires_grad_() for i in range(3)]
+
+
+@pytest.mark.parametrize("case", ["plain", "strided", "additional", "no gradient", "tiled"])
+def test_opcheck(case):
+    q, k, v = strided(2, 5, 7) if case == "strided" else tensors(2, 5, 7, grad=case != "no gradient")
+    extra = [None, None, None]
+    if case == "additional":
+        extra = [torch.randn(2, 3, 2, 8, requires_grad=True), torch.randn(2, 3, 2, 6, requires_grad=True)]
+        extra.append(torch.tensor([1, 3]))
+    tiling = [2, 3, 4, 5, 0] if case == "tiled" else []
+    arguments = [q, k, v, *extra, [3, 2], [1, 2], [1, 3], [True, False], 0.3, "", tiling]
+    checks = opcheck(ops.attention, arguments)
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+def run_fresh(code: str) -> str:
+    """Run code as a program of its own and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_compiling_is_a_fine_first_call_and_other_batch_sizes_reuse_it():
+    printed = run_fresh("""
+        import torch, vicinal
+        from torch._dynamo.utils import counters
+
+        call = torch.compile(lambda q, k, v: vicinal.neighborhood_attention(q, k, v, (3, 5)).sin(), fullgraph=True)
+        def compare(batch):
+            q, k, v = (torch.randn(batch, 6, 9, 2, 8, requires_grad=True) for _ in range(3))
+            out, eager = call(q, k, v), vicinal.neighborhood_attention(q, k, v, (3, 5)).sin()
+            torch.testing.assert_close(out, eager)
+            for ours, theirs in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (out, eager)), strict=True):
+                torch.testing.assert_close(ours, theirs)
+        compare(2)
+        compare(3)  # the first other size makes the batch symbolic
+        before = counters["stats"]["unique_graphs"]
+        for batch in (4, 5, 11):
+            compare(batch)
+        print(before, counters["stats"]["unique_graphs"])
+    """)
+    before, after = printed.split()
+    assert before == after
+
+
+def test_a_symbolic_batch_never_recompiles():
+    printed = run_fresh("""
+        import torch, vicinal
+        from torch._dynamo.utils import counters
+
+        call = torch.compile(lambda q: vicinal.na1d(q, q, q, 3), fullgraph=True, dynamic=True)
+        for batch in (5, 3, 7):  # PyTorch takes sizes that are equal in the first call for one
+            call(torch.randn(batch, 9, 2, 8))
+        print(counters["stats"]["unique_graphs"])
+    """)
+    assert printed.split() == ["1"]
+
+
+def test_importing_is_light():
+    printed = run_fresh("""
+        import sys, torch
+        before = set(sys.modules)
+        import vicinal
+        heavy = {"triton", "matplotlib", "typer", "rich", "PIL", "skimage", "hypothesis", "torch._dynamo"}
+        print(sorted(heavy & (set(sys.modules) - before)))
+    """)
+    assert printed.strip() == "[]"
+
+
+def test_importing_takes_under_a_second_beyond_torch():
+    printed = run_fresh("""
+        import torch, time
+        start = time.perf_counter()
+        import vicinal
+        print(time.perf_counter() - start)
+    """)
+    assert float(printed) < 1
+
+
+def test_export_keeps_the_operator_and_its_answer():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return vicinal.neighborhood_attention(q, k, v, (3, 2), stride=(2, 1), scale=0.0) + 1
+
+    inputs = tuple(tensors(2, 5, 7, grad=False))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Model(), inputs, dynamic_shapes=[{0: batch}] * 3)
+    assert "vicinal.attention.default" in str(program.graph)
+    other = tuple(tensors(6, 5, 7, grad=False))
+    torch.testing.assert_close(program.module()(*other), Model()(*other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(dtype):
+    q, k, v = tensors(1, 6, 5)
+    with torch.autocast("cpu", dtype=dtype):
+        out = vicinal.neighborhood_attention(q, k, v, 3)
+    assert out.dtype == dtype
+    lowered = vicinal.neighborhood_attention(*(t.to(dtype) for t in (q, k, v)), 3)
+    assert torch.equal(out, lowered)
+    out.sum().backward()
+    assert {t.grad.dtype for t in (q, k, v)} == {torch.float32}
+    with torch.autocast("cpu", dtype=dtype):
+        doubled = vicinal.neighborhood_attention(*(t.double() for t in (q, k, v)), 3)
+    assert doubled.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_the_flop_counter_counts_pairs_inside_windows(dilation):
+    q, k, v = tensors(2, 10, 12)
+    more = [torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 6)]
+    with FlopCounterMode(display=False) as counter:
+        out = vicinal.neighborhood_attention(
+            q, k, v, (3, 4), dilation=dilation, additional_keys=more[0], additional_values=more[1]
+        )
+        out.sum().backward()
+    pairs = 2 * 4 * 10 * 12 * (3 * 4 + 5)
+    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    assert counts == {
+        "vicinal.attention": 2 * pairs * (8 + 6),
+        "vicinal.attention_backward": 2 * pairs * (3 * 8 + 2 * 6),
+    }
+
+
+def test_a_counter_made_before_the_first_call_counts_it():
+    printed = run_fresh("""
+        import torch, vicinal
+        from torch.utils.flop_counter import FlopCounterMode
+        q = torch.randn(1, 8, 1, 4)
+        with FlopCounterMode(display=False) as counter:
+            vicinal.na1d(q, q, q, 3)
+        print(counter.get_total_flops())
+    """)
+    assert int(printed) == 2 * 8 * 3 * (4 + 4)
+
+
+def test_derivatives_that_are_not_offered_are_refused_in_words():
+    q, k, v = tensors(1, 6, 5, dtype=torch.float64)
+    out = vicinal.neighborhood_attention(q, k, v, 3)
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(vicinal.Unsupported, match="second derivative of neighborhood attention is not offered"):
+        gradient.sum().backward()
+    with pytest.raises(vicinal.Unsupported, match=r"forward-mode derivatives \(jvp\)"):
+        torch.func.jvp(lambda t: vicinal.neighborhood_attention(t, k, v, 3), (q.detach(),), (q.detach(),))
+
+
+def test_retained_graphs_give_the_same_gradient_twice():
+    q, k, v = tensors(1, 6, 5)
+    out, lse = vicinal.attention_with_lse(q, k, v, 3)
+    loss = out.square().sum() + lse.sum()
+    first = torch.autograd.grad(loss, (q, k, v), retain_graph=True)
+    second = torch.autograd.grad(loss, (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_checkpointing_gives_the_same_gradients():
+    q, k, v = tensors(1, 6, 5)
+    call = lambda *t: vicinal.neighborhood_attention(*t, 3).sin()  # noqa: E731
+    plain = torch.autograd.grad(call(q, k, v).sum(), (q, k, v))
+    saved = torch.utils.checkpoint.checkpoint(call, q, k, v, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(plain, torch.autograd.grad(saved.sum(), (q, k, v)), strict=True))
+
+
+def test_vmap_equals_a_loop():
+    q, k, v = tensors(3, 6, 5, grad=False)
+    stacked = torch.stack([q, q + 1])
+    mapped = torch.vmap(lambda t: vicinal.neighborhood_attention(t, k, v, 3))(stacked)
+    looped = torch.stack([vicinal.neighborhood_attention(t, k, v, 3) for t in stacked])
+    torch.testing.assert_close(mapped, looped)
+
+
+def test_bad_arguments_are_named_when_compiling_too():
+    call = torch.compile(lambda q: vicinal.na1d(q, q, q, 9), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"kernel_size \* dilation = 9 \* 1 = 9 > axis length 6"):
+        call(torch.randn(1, 6, 2, 4))

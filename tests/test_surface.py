@@ -1,0 +1,78 @@
+"""The public surface fits on one screen, its examples run, and the README tells the truth about it."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import vicinal
+
+ROOT = Path(__file__).parents[1]
+
+# Examples there need what a plain installation lacks, or a device.
+WITHOUT_EXAMPLES = ("vicinal.backends.hopper", "vicinal.__main__")
+
+MODULES = [
+    name
+    for _, name, _ in pkgutil.walk_packages(vicinal.__path__, "vicinal.")
+    if not name.startswith(WITHOUT_EXAMPLES)
+]
+
+
+def test_surface():
+    assert set(vicinal.__all__) == {
+        "Hardware",
+        "InvalidProblem",
+        "Plan",
+        "Problem",
+        "Tiling",
+        "Unsupported",
+        "attention_with_lse",
+        "explain",
+        "make_plan",
+        "merge_attentions",
+        "na1d",
+        "na2d",
+        "na3d",
+        "neighborhood_attention",
+        "simulate",
+        "suggest",
+    }
+    assert all(hasattr(vicinal, name) for name in vicinal.__all__)
+
+
+@pytest.mark.parametrize("name", ["vicinal", *MODULES])
+def test_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some examples write pictures
+    failed, _ = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", [n for n in vicinal.__all__ if n not in ("InvalidProblem", "Unsupported")])
+def test_every_public_name_has_an_example(name):
+    thing = getattr(vicinal, name)
+    documents = [thing.__doc__ or ""]
+    if isinstance(thing, type):
+        documents += [getattr(thing, method).__doc__ or "" for method in vars(thing) if not method.startswith("_")]
+    elsewhere = {"Plan": vicinal.make_plan.__doc__ or ""}  # plans are made, not constructed
+    assert any(">>>" in text for text in [*documents, elsewhere.get(name, "")])
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks, "the README shows no code"
+    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert version("vicinal") == vicinal.__version__
+    assert f"## {vicinal.__version__}" in (ROOT / "CHANGELOG.md").read_text()
