@@ -135,7 +135,7 @@ def denoise(
         >>> stripes = torch.arange(24 * 30).reshape(24, 30) // 6 % 2
         >>> noisy = stripes + 0.1 * torch.randn(24, 30, generator=torch.Generator().manual_seed(0))
         >>> clean = denoise(noisy, sigma=0.1, patch_distance=5)
-        >>> bool((clean - stripes).square().mean() < 0.1 * (noisy - stripes).square().mean())
+        >>> bool((clean - stripes).square().mean() < 0.2 * (noisy - stripes).square().mean())
         True
     """
     pixels, restore = _pixels(image, channel_axis)  # [C, *S]

@@ -27,6 +27,7 @@ from vicinal.backends.hopper.softmax import (
     finish,
     hide,
     output_layout,
+    partial_sums,
     per_row,
     scores_layout,
     start_scores,
@@ -116,7 +117,7 @@ def walk_overlapped(q, mask, block, scale, V: gl.constexpr):
     layout: gl.constexpr = scores_layout(V)
     acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
     peak = gl.full([64], FLOOR, gl.float32, gl.SliceLayout(1, layout))
-    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, layout))
+    total = partial_sums(gl.full([64, V.keys], 0.0, gl.float32, layout), V)
     t = 0
     h = 0
     w = 0
@@ -129,7 +130,7 @@ def walk_overlapped(q, mask, block, scale, V: gl.constexpr):
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(keys.free.index(0))
     scores = hide(scores, mask, t, h, w, True, 0, V)
-    weights, rescale, peak, total = exponentiate(scores, peak, total, scale)
+    weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
     p = as_operand(weights, dtype, V)
     k_slot, k_phase = next_slot(k_slot, k_phase, V.stages)
     mbarrier.wait(keys.full.index(k_slot), k_phase, pred=n > 1)
@@ -142,7 +143,7 @@ def walk_overlapped(q, mask, block, scale, V: gl.constexpr):
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(keys.free.index(k_slot))
         scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
-        weights, rescale, peak, total = exponentiate(scores, peak, total, scale)
+        weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
         next_p = as_operand(weights, dtype, V)
         k_slot, k_phase = next_slot(k_slot, k_phase, V.stages)
         # Waiting for the next keys here, and not where they are used, keeps the assembler from
@@ -169,7 +170,7 @@ def walk(q, mask, block, scale, V: gl.constexpr):
     layout: gl.constexpr = scores_layout(V)
     acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
     peak = gl.full([64], FLOOR, gl.float32, gl.SliceLayout(1, layout))
-    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, layout))
+    total = partial_sums(gl.full([64, V.keys], 0.0, gl.float32, layout), V)
     t = 0
     h = 0
     w = 0
@@ -182,7 +183,7 @@ def walk(q, mask, block, scale, V: gl.constexpr):
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(keys.free.index(slot))
         scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
-        weights, rescale, peak, total = exponentiate(scores, peak, total, scale)
+        weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
         p = as_operand(weights, dtype, V)
         acc = acc * per_row(rescale, V)
         mbarrier.wait(values.full.index(slot), phase)

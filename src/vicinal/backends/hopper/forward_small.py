@@ -22,6 +22,7 @@ from vicinal.backends.hopper.softmax import (
     finish,
     hide,
     output_layout,
+    partial_sums,
     per_row,
     scores_layout,
     start_scores,
@@ -85,7 +86,7 @@ def forward_small(
     q = q_smem.reshape([64, V.head_dim])
     acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
     peak = gl.full([64], FLOOR, gl.float32, gl.SliceLayout(1, layout))
-    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, layout))
+    total = partial_sums(gl.full([64, V.keys], 0.0, gl.float32, layout), V)
     t = 0
     h = 0
     w = 0
@@ -98,7 +99,7 @@ def forward_small(
         scores = start_scores(q, k_smem.index(slot), mask, code, t, h, w, in_window, V)
         scores = warpgroup_mma_wait(0, deps=[scores])
         scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
-        weights, rescale, peak, total = exponentiate(scores, peak, total, scale)
+        weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
         p = as_operand(weights, query.dtype, V)
         acc = acc * per_row(rescale, V)
         result = warpgroup_mma(p, v_smem.index(slot).reshape([V.keys, V.head_dim]), acc, is_async=True)

@@ -58,7 +58,7 @@ def hide(scores, mask, t, h, w, in_window, valid, V: gl.constexpr):
 
 
 @gluon.jit
-def exponentiate(scores, peak, total, scale):
+def exponentiate(scores, peak, total, scale, V: gl.constexpr):
     """One step of the online softmax, in powers of two.
 
     Returns the weights, the factor that rescales what was summed before, the new running maximum
@@ -67,7 +67,19 @@ def exponentiate(scores, peak, total, scale):
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
     rescale = gl.exp2(peak - new_peak)
     weights = gl.exp2(scores * scale - gl.expand_dims(new_peak, 1))
-    return weights, rescale, new_peak, total * rescale + gl.sum(weights, 1)
+    return weights, rescale, new_peak, total * spread(rescale, total) + partial_sums(weights, V)
+
+
+@gluon.jit
+def partial_sums(weights, V: gl.constexpr):
+    """Sums over the columns that one thread holds, `[64, 8]`: adding up across threads can wait until the end."""
+    return gl.sum(weights.reshape([64, V.keys // 8, 8]), 1)
+
+
+@gluon.jit
+def spread(x, like):
+    """One value per row, spread over `like`."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout)), 1)
 
 
 @gluon.jit
@@ -103,6 +115,7 @@ def tokens_of(tile, axes, V: gl.constexpr, consumer: gl.constexpr):
 @gluon.jit
 def finish(acc, peak, total, desc, lse, smem, place, tokens, axes, heads, V: gl.constexpr):
     """Write the outputs, through shared memory, and the log-sum-exps of one warpgroup."""
+    total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
     q = smem.reshape([64, V.head_dim])
     q.store((acc * per_row(1.0 / total, V)).to(desc.dtype))
     fence_async_shared()
