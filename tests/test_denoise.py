@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vicinal.denoise import STRENGTH, Features, denoise, estimate_sigma
+from vicinal.denoise import STRENGTH, Features, _slabs, denoise, estimate_sigma
 from vicinal.errors import InvalidProblem, Unsupported
 
 EPS = float(np.finfo(np.float32).eps)
@@ -159,6 +159,16 @@ def test_slabs_are_the_whole(height: int, reach: int, components: int | None, is
     assert calls[-1] == (height, height)
     h = 0.1 * (STRENGTH if components else 0.9)
     assert np.abs(whole - slabs).max() <= allowance(image, h, 0.1)
+
+
+@given(st.integers(1, 300), st.integers(0, 9), st.integers(1, 90))
+def test_slabs_cover_all_rows_within_the_budget(height: int, reach: int, budget: int):
+    size = min(2 * reach + 1, height)
+    assume(budget >= min(2 * size, height))
+    slabs = list(_slabs((height, 7), (size, 3), 10, budget * 7 * 10))
+    assert [row for first, last, _, _ in slabs for row in range(first, last)] == list(range(height))
+    assert all(0 <= start <= first < last <= stop <= height for first, last, start, stop in slabs)
+    assert all(stop - start <= budget for _, _, start, stop in slabs)
 
 
 @pytest.mark.parametrize("components", [None, 6])

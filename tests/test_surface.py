@@ -17,9 +17,7 @@ ROOT = Path(__file__).parents[1]
 WITHOUT_EXAMPLES = ("vicinal.backends.hopper", "vicinal.__main__")
 
 MODULES = [
-    name
-    for _, name, _ in pkgutil.walk_packages(vicinal.__path__, "vicinal.")
-    if not name.startswith(WITHOUT_EXAMPLES)
+    name for _, name, _ in pkgutil.walk_packages(vicinal.__path__, "vicinal.") if not name.startswith(WITHOUT_EXAMPLES)
 ]
 
 

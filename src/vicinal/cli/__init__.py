@@ -11,6 +11,9 @@ from typer.core import TyperGroup
 from vicinal.cli import figures, pictures, planning, trust
 from vicinal.errors import InvalidProblem, Unsupported
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells know it."""
+
 
 class _OneLineErrors(TyperGroup):
     """Whatever goes wrong for a reason that the user can mend is one line on stderr and exit code 2."""
@@ -20,10 +23,12 @@ class _OneLineErrors(TyperGroup):
             return super().main(*args, standalone_mode=False, **kwargs)
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)
+            if code == INTERRUPTED:  # Some versions of typer turn an interrupt into this code, others raise.
+                _complain("interrupted")
         except (InvalidProblem, Unsupported) as error:
             code = _complain(str(error))
         except (KeyboardInterrupt, typer.Abort):
-            code = _complain("interrupted", 130)
+            code = _complain("interrupted", INTERRUPTED)
         except MemoryError as error:
             code = _complain(f"out of memory: {error or 'use a smaller problem'}")
         except OSError as error:

@@ -10,43 +10,74 @@ enough to stay in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
-from vicinal.backends.blocked.backward import Backward
+from vicinal.backends.blocked.backward import backward
 from vicinal.backends.blocked.choice import default_tilings
-from vicinal.backends.blocked.chunks import Scratch, scatter
-from vicinal.backends.blocked.work import LN2, Pass, Run, scores
+from vicinal.backends.blocked.chunks import Chunk, Views, scatter
+from vicinal.backends.blocked.threads import spread, workers_for
+from vicinal.backends.blocked.work import LN2, Pass, Run
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
 
-def attend(q: Tensor, runs: Iterable[Run], columns: int, groups: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Softmax over the keys of all runs, one run at a time: `[C, rows, Dv]` and the log2-sum-exp2, `[C, rows, 1]`."""
-    out = total = top = None
-    for run in runs:
-        s = scores(q, run, columns, groups, scratch)
-        highest = s.amax(-1, keepdim=True)
-        if out is None or total is None or top is None:
-            # A row may have no key in this run: keep its maximum finite, so that -inf - top stays -inf.
-            top = highest.clamp_(min=torch.finfo(s.dtype).min)
+def forward(plan: Plan, inputs: Inputs) -> Output:
+    """The forward pass, on as many workers as the device has use for."""
+    query = inputs.query
+    count = workers_for(query.device)
+    workers = [Forward(plan, inputs) for _ in range(count)]
+    out = query.new_empty(*query.shape[:-1], plan.problem.head_dim_v)
+    lse = query.new_empty(*query.shape[:-1], 1, dtype=workers[0].dtype)
+    for part in workers[0].walk(count):
+        spread(part, [partial(worker.chunk, out, lse) for worker in workers[: len(part)]])
+    for worker in workers:
+        worker.scratch.keep()
+    return Output(out, lse.squeeze(-1))
+
+
+class Forward(Pass):
+    """Softmax over the keys that a row meets, one run of them at a time."""
+
+    def chunk(self, out: Tensor, lse: Tensor, job: tuple[Views, Chunk]) -> None:
+        """Write one chunk's share of the outputs."""
+        views, chunk = job
+        q = chunk.gather_queries(views.queries(self.inputs.query), self.scratch, "q")
+        o = self.scratch.take("o", *q.shape[:-1], self.plan.problem.head_dim_v)
+        sums = self.scratch.take("lse", *q.shape[:-1], 1)
+        for row, runs in self.rows(views, chunk):
+            weighted, total, top = self.attend(chunk.row_of_queries(q, row), runs, len(chunk.columns))
+            target = chunk.piece(o, row)
+            torch.div(weighted.view(target.shape), total.view(*target.shape[:-1], 1), out=target)
+            target = chunk.piece(sums, row)
+            torch.add(top.view(target.shape), total.log2_().view(target.shape), out=target)
+        boxes = [column.queries for column in chunk.columns]
+        scatter(o, views.queries(out)[chunk.units], chunk.queries, boxes)
+        scatter(sums.mul_(LN2), views.queries(lse)[chunk.units], chunk.queries, boxes)
+
+    def attend(self, q: Tensor, runs: Sequence[Run], columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of weighted values `[C, rows, Dv]`, sum of weights, and log2 of what divides both, `[C, rows, 1]`."""
+        s = self.scores(q, runs[0], columns)
+        # A row may have no key in a run: keep its maximum finite, so that -inf - top stays -inf.
+        top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+        p = s.sub_(top).exp2_()
+        out = torch.bmm(p, runs[0].v, out=self.scratch.take("out", *p.shape[:2], runs[0].v.shape[2]))
+        total = p.sum(-1, keepdim=True)
+        for run in runs[1:]:
+            s = self.scores(q, run, columns)
+            highest = torch.maximum(s.amax(-1, keepdim=True), top)
+            decay, top = (top - highest).exp2_(), highest
             p = s.sub_(top).exp2_()
-            out = torch.bmm(p, run.v, out=scratch.take("out", *p.shape[:2], run.v.shape[2]))
-            total = p.sum(-1, keepdim=True)
-        else:
-            highest = torch.maximum(highest, top)
-            decay = (top - highest).exp2_()
-            p = s.sub_(highest).exp2_()
-            out = out.mul_(decay).baddbmm_(p, run.v)
-            total, top = total.mul_(decay).add_(p.sum(-1, keepdim=True)), highest
-    assert out is not None and total is not None and top is not None
-    return out.div_(total), top + total.log2()
+            out.mul_(decay).baddbmm_(p, run.v)
+            total.mul_(decay).add_(p.sum(-1, keepdim=True))
+        return out, total, top
 
 
 @dataclass(frozen=True)
@@ -59,32 +90,15 @@ class Blocked:
         return ()
 
     def tilings(self, problem: Problem, hardware: Hardware) -> tuple[Tiling, ...]:
-        return default_tilings(problem.axes, problem.heads // problem.heads_kv)
+        return default_tilings(problem)
 
     def forward(self, plan: Plan, inputs: Inputs) -> Output:
-        problem, query = plan.problem, inputs.query
-        work = Pass(plan, inputs)
-        out = query.new_empty(*query.shape[:-1], problem.head_dim_v)
-        lse = query.new_empty(*query.shape[:-1], 1, dtype=work.dtype)
-        for views, chunk in work.walk():
-            q = chunk.gather_queries(views.queries(query), work.scratch, "q").mul_(work.log2_scale)
-            o = work.scratch.take("o", *q.shape[:-1], problem.head_dim_v)
-            sums = work.scratch.take("lse", *q.shape[:-1], 1)
-            for row, runs in work.rows(views, chunk):
-                q_row = chunk.row_of_queries(q, row)
-                found, total = attend(q_row, runs, len(chunk.columns), work.groups, work.scratch)
-                chunk.put_row(found, o, row)
-                chunk.put_row(total, sums, row)
-            boxes = [column.queries for column in chunk.columns]
-            scatter(o, views.queries(out)[chunk.units], chunk.queries, boxes)
-            scatter(sums.mul_(LN2), views.queries(lse)[chunk.units], chunk.queries, boxes)
-        return Output(out, lse.squeeze(-1))
+        return forward(plan, inputs)
 
     def backward(
         self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
     ) -> Gradients:
-        work = Backward(plan, inputs)
-        return work.run(output, grad_out, grad_lse)
+        return backward(plan, inputs, output, grad_out, grad_lse)
 
 
 backend = Blocked()

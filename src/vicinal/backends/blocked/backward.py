@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vicinal.backends.base import Gradients, Output
+from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.blocked.chunks import Chunk, Views, scatter
+from vicinal.backends.blocked.threads import spread, workers_for
 from vicinal.backends.blocked.tiles import length
-from vicinal.backends.blocked.work import LN2, Pass, Run, scores
+from vicinal.backends.blocked.work import LN2, Pass, Run
+from vicinal.plan import Plan
 
 
 class Queries(NamedTuple):
     """What the backward pass knows of the queries of one row."""
 
-    q: Tensor  # [C, rows, D], scaled to log2
+    q: Tensor  # [C, rows, D]
     do: Tensor  # [C, rows, Dv]
     delta: Tensor  # [C, rows, 1]
     lse: Tensor  # [C, rows, 1], in log2
+
+
+class Given(NamedTuple):
+    """What the forward pass left, and what came back."""
+
+    output: Output
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+class Sums(NamedTuple):
+    """The gradients while they are summed, in the precision of computation; the query's is final."""
+
+    query: Tensor
+    keys: tuple[Tensor | None, ...]  # of Inputs[1:5]
+
+
+def backward(plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """The backward pass, on as many workers as the device has use for."""
+    count = workers_for(inputs.query.device)
+    workers = [Backward(plan, inputs) for _ in range(count)]
+    sums = Sums(
+        torch.empty_like(inputs.query, memory_format=torch.contiguous_format),
+        tuple(
+            None if tensor is None else torch.zeros(tensor.shape, dtype=workers[0].dtype, device=tensor.device)
+            for tensor in inputs[1:5]
+        ),
+    )
+    given = Given(output, grad_out, grad_lse)
+    for part in workers[0].walk(count):
+        # Chunks that add to the same heads belong to one worker, in a fixed order: nobody waits, and bits repeat.
+        jobs: dict[str, list[tuple[Views, Chunk]]] = {}
+        for views, chunk in part:
+            jobs.setdefault(f"{chunk.units[0]} {chunk.units[-1]}", []).append((views, chunk))
+        spread(jobs.values(), [partial(worker.chunks, given, sums) for worker in workers[: len(jobs)]])
+    for worker in workers:
+        worker.scratch.keep()
+    dk, dv, dak, dav = (None if grad is None else grad.to(inputs.query.dtype) for grad in sums.keys)
+    assert dk is not None and dv is not None
+    return Gradients(sums.query, dk, dv, dak, dav)
 
 
 class Backward(Pass):
@@ -32,39 +75,22 @@ class Backward(Pass):
     with `delta = rowsum(do * o) - dlse`.
     """
 
-    def run(self, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        inputs = self.inputs
-        dq = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
-        summed = [
-            None if tensor is None else torch.zeros(tensor.shape, dtype=self.dtype, device=tensor.device)
-            for tensor in (inputs.key, inputs.value, inputs.additional_keys, inputs.additional_values)
-        ]
-        for views, chunk in self.walk():
-            self.chunk(views, chunk, output, grad_out, grad_lse, dq, summed)
-        dk, dv, dak, dav = (None if grad is None else grad.to(inputs.query.dtype) for grad in summed)
-        assert dk is not None and dv is not None
-        return Gradients(dq, dk, dv, dak, dav)
+    def chunks(self, given: Given, sums: Sums, jobs: Sequence[tuple[Views, Chunk]]) -> None:
+        """Add the shares of some chunks to the gradients."""
+        for views, chunk in jobs:
+            self.chunk(given, sums, views, chunk)
 
-    def chunk(
-        self,
-        views: Views,
-        chunk: Chunk,
-        output: Output,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        dq: Tensor,
-        summed: Sequence[Tensor | None],
-    ) -> None:
-        """Add one chunk's share to the gradients."""
+    def chunk(self, given: Given, gradients: Sums, views: Views, chunk: Chunk) -> None:
+        """Add one chunk's share."""
 
         def take(tensor: Tensor, name: str) -> Tensor:
             return chunk.gather_queries(views.queries(tensor), self.scratch, name)
 
-        q, do = take(self.inputs.query, "q").mul_(self.log2_scale), take(grad_out, "do")
-        delta = take(output.out, "o").mul_(do).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            delta -= take(grad_lse[..., None], "dlse")
-        lse = take(output.lse[..., None], "lse").div_(LN2)
+        q, do = take(self.inputs.query, "q"), take(given.grad_out, "do")
+        delta = take(given.output.out, "o").mul_(do).sum(-1, keepdim=True)
+        if given.grad_lse is not None:
+            delta -= take(given.grad_lse[..., None], "dlse")
+        lse = take(given.output.lse[..., None], "lse").div_(LN2)
         grad_q = self.scratch.take("dq", *q.shape)
         sums = self.zero_sums(chunk)
         for row, runs in self.rows(views, chunk):
@@ -74,15 +100,16 @@ class Backward(Pass):
             grad = self.scratch.take("dq row", *queries.q.shape).zero_()
             for run, dk, dv in zip(runs, targets[::2], targets[1::2], strict=True):
                 self.tile(queries, run, len(chunk.columns), grad, dk, dv)
-            chunk.put_row(grad, grad_q, row)
+            target = chunk.piece(grad_q, row)
+            torch.mul(grad.view(target.shape), self.plan.problem.scale, out=target)
         boxes = [column.queries for column in chunk.columns]
-        scatter(grad_q.mul_(self.plan.problem.scale), views.queries(dq)[chunk.units], chunk.queries, boxes)
-        self.collect(views, chunk, sums, summed)
+        scatter(grad_q, views.queries(gradients.query)[chunk.units], chunk.queries, boxes)
+        self.collect(views, chunk, sums, gradients.keys)
 
     def tile(self, queries: Queries, run: Run, columns: int, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add `ds k`, `ds^T q` and `p^T do` of one row and one run of keys."""
         q, do, delta, lse = queries
-        p = scores(q, run, columns, self.groups, self.scratch).sub_(lse).exp2_()
+        p = self.scores(q, run, columns).sub_(lse).exp2_()
         dv.add_(torch.bmm(p.transpose(1, 2), do, out=self.scratch.take("dv row", *run.v.shape)))
         ds = torch.bmm(do, run.v.transpose(1, 2), out=self.scratch.take("ds", *p.shape)).sub_(delta).mul_(p)
         dk.add_(torch.bmm(ds.transpose(1, 2), q, out=self.scratch.take("dk row", *run.k.shape)))
@@ -107,8 +134,8 @@ class Backward(Pass):
         """Fold a chunk's sums over keys back onto the grid, and those over additional keys onto their rows."""
         boxes = [column.keys for column in chunk.columns]
         units = [length(piece) for piece in chunk.units]
-        # Queries carry scale / ln 2 in their scores, so the gradient by the keys owes ln 2.
-        for i, (tensor, factor) in enumerate(zip(sums, (LN2, 1.0, LN2, 1.0), strict=False)):
+        scale = self.plan.problem.scale
+        for i, (tensor, factor) in enumerate(zip(sums, (scale, 1.0, scale, 1.0), strict=False)):
             target = summed[i]
             assert target is not None
             tensor = tensor.mul_(factor).view(len(boxes), *units, *tensor.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
@@ -19,21 +20,43 @@ SCORES = 2**18
 KEYS = 2**22
 """Elements of gathered keys and values held at a time, likewise: about the last-level cache."""
 
+KEEP = 2**26
+"""Bytes of buffers that a worker leaves to the next call, at most."""
+
 
 @dataclass
 class Scratch:
-    """Named buffers, used again and again: fresh memory costs more to fault in than to compute on."""
+    """Named buffers, used again and again: fresh memory costs more to fault in than to compute on.
+
+    For the same reason a worker on a CPU leaves its buffers to the next call (`keep`); other devices
+    have an allocator that does so.
+    """
 
     dtype: torch.dtype
     device: torch.device
     held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cpu" and _KEPT:
+            with suppress(IndexError):  # another thread was faster
+                self.held = _KEPT.pop()
+
     def take(self, name: str, *shape: int) -> Tensor:
         """The buffer of that name, contiguous, with whatever it held. The last one taken by the name is gone."""
-        size = prod(shape)
-        if name not in self.held or self.held[name].numel() < size:
-            self.held[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self.held[name][:size].view(shape)
+        size, key = prod(shape), f"{name} {self.dtype}"
+        if key not in self.held or self.held[key].numel() < size:
+            self.held[key] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self.held[key][:size].view(shape)
+
+    def keep(self) -> None:
+        """Leave the buffers to a later call, unless they are large."""
+        size = sum(buffer.numel() * buffer.element_size() for buffer in self.held.values())
+        if self.device.type == "cpu" and size <= KEEP and len(_KEPT) < torch.get_num_threads():
+            _KEPT.append(self.held)
+        self.held = {}
+
+
+_KEPT: list[dict[str, Tensor]] = []
 
 
 def gather(view: Tensor, rows: slice, boxes: Sequence[Slices], scratch: Scratch, name: str) -> Tensor:
@@ -137,15 +160,12 @@ class Chunk:
 
     def row_of_queries(self, gathered: Tensor, row: Tile) -> Tensor:
         """`[C, queries, D]`: in place, but where several query heads read one key head."""
-        start = row.queries.start - self.queries.start
-        piece = gathered[..., start : start + length(row.queries), :, :]
-        return piece.flatten(-4, -2).flatten(0, -3)
+        return self.piece(gathered, row).flatten(-4, -2).flatten(0, -3)
 
-    def put_row(self, piece: Tensor, gathered: Tensor, row: Tile) -> None:
-        """Undo `row_of_queries`."""
+    def piece(self, gathered: Tensor, row: Tile) -> Tensor:
+        """View of one row of what was gathered for queries, its axes kept: `[columns, *units, G, rows, across, D]`."""
         start = row.queries.start - self.queries.start
-        target = gathered[..., start : start + length(row.queries), :, :]
-        target.copy_(piece.view(target.shape))
+        return gathered[..., start : start + length(row.queries), :, :]
 
     def runs(self, row: Tile) -> list[slice]:
         """The keys of a row along axis 0, at most `run` at a time."""
@@ -158,8 +178,8 @@ class Chunk:
         return gathered[:, start : start + length(piece)].flatten(1, 2)
 
 
-def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int) -> Iterator[Chunk]:
-    """Cut a part into chunks whose scores and keys fit the budgets.
+def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int, workers: int = 1) -> Iterator[Chunk]:
+    """Cut a part into chunks whose scores and keys fit the budgets, with units for every worker if possible.
 
     Args:
         units: `(B, *groups, Hkv)`, the axes of units.
@@ -174,11 +194,12 @@ def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int) 
         across = prod(length(piece) for piece in alike[0].keys)
         batch = max(SCORES // (groups * tall * prod(shape) * min(box, run) * across), 1)
         count = min(batch, len(alike))
-        held = KEYS // (width * across * count)
+        # Units are the first to go where keys would not fit: short slabs gather their overlap twice.
+        whole = count * width * across * part.lengths[0]
+        most = max(min(batch // count, KEYS // whole, ceil_div(prod(units), workers)), 1)
+        slab = max((KEYS // (whole // part.lengths[0] * most) - box) // tall, ceil_div(box, tall), 1)
         for at in range(0, len(alike), count):
             batched = alike[at : at + count]
-            for some in slices(units, batch // count):
-                number = prod(length(piece) for piece in some)
-                slab = max((held // number - box) // tall, ceil_div(box, tall), 1)
+            for some in slices(units, most):
                 for first in range(0, len(part.rows), slab):
                     yield Chunk(part, some, batched, part.rows[first : first + slab], run)

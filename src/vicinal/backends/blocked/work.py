@@ -27,15 +27,6 @@ class Run:
     mask: Tensor | None  # [columns, 1 or units.., 1, queries or 1, keys]
 
 
-def scores(q: Tensor, run: Run, columns: int, groups: int, scratch: Scratch) -> Tensor:
-    """Scores in log2, `[C, G * queries, keys]`, -inf where a key is hidden."""
-    s = scratch.take("scores", *q.shape[:2], run.k.shape[1])
-    torch.bmm(q, run.k.transpose(1, 2), out=s)
-    if run.mask is not None:
-        s.view(columns, -1, groups, s.shape[1] // groups, s.shape[2]).add_(run.mask)
-    return s
-
-
 @dataclass
 class Pass:
     """What the forward and the backward pass share: one problem, walked chunk by chunk and row by row."""
@@ -52,15 +43,16 @@ class Pass:
         self.masks = Masks(self.dtype, query.device)
         self.scratch = Scratch(self.dtype, query.device)
 
-    def walk(self) -> Iterator[tuple[Views, Chunk]]:
+    def walk(self, workers: int = 1) -> Iterator[list[tuple[Views, Chunk]]]:
+        """The chunks of one part after another, cut so that there are some for each worker."""
         problem = self.plan.problem
         if problem.batch == 0:
             return
         for part in parts(self.plan.axes):
+            views = Views(part, problem.dilation, problem.heads_kv)
             units = (problem.batch, *(len(residues) for residues in part.residues), problem.heads_kv)
             width, run = problem.head_dim + problem.head_dim_v, self.plan.tiling.kv_tile[0]
-            for chunk in chunks(part, units, self.groups, width, run):
-                yield Views(part, problem.dilation, problem.heads_kv), chunk
+            yield [(views, chunk) for chunk in chunks(part, units, self.groups, width, run, workers)]
 
     def rows(self, views: Views, chunk: Chunk) -> Iterator[tuple[Tile, list[Run]]]:
         """Each row of a chunk with the runs of keys that it meets: its box, cut along axis 0, and the additional keys.
@@ -99,3 +91,11 @@ class Pass:
             keys = keys.masked_fill(~valid[:, :, None, None], 0)
             values = values.masked_fill(~valid[:, :, None, None], 0)
         return [Run(repeat(keys), repeat(values), mask)]
+
+    def scores(self, q: Tensor, run: Run, columns: int) -> Tensor:
+        """Scores in log2, `[C, G * queries, keys]`, -inf where a key is hidden."""
+        s = self.scratch.take("scores", *q.shape[:2], run.k.shape[1])
+        s.baddbmm_(q, run.k.transpose(1, 2), beta=0, alpha=self.log2_scale)
+        if run.mask is not None:
+            s.view(columns, -1, self.groups, s.shape[1] // self.groups, s.shape[2]).add_(run.mask)
+        return s

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Hopper:
 
     Reads strided tensors where they lie if their last axis is contiguous and their address and
     other strides are multiples of 16 bytes, as the slices of a fused projection are; copies
-    others first.
+    others first. It also copies what lies at the very start of an allocation if a dilation does not
+    divide its axis, see `launch.geometry`.
 
     Keys and values near a window should be finite: masks are added to scores, so a NaN or an
     infinity in a key that shares a KV tile with a window reaches the queries of that tile, as one in a
@@ -63,13 +65,14 @@ class Hopper:
             Unsupported: if its tiling is not one that the kernels can be cut into.
         """
         problem, query = plan.problem, inputs.query
+        device = query.device.index
+        if problem.batch == 0:
+            return Output(
+                new(query.shape, query.dtype, query.device), new(query.shape[:-1], torch.float32, query.device)
+            )
         if problem.scale < 0:
             query = -query  # masks need a positive scale, see `launch.kernel_scale`
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-        if problem.batch == 0:
-            return Output(out, lse)
-        tensors, lengths = [query, inputs.key, inputs.value, out], inputs.additional_lengths
+        tensors, lengths = [query, inputs.key, inputs.value], inputs.additional_lengths
         if problem.additional:
             assert inputs.additional_keys is not None and inputs.additional_values is not None
             more = [inputs.additional_keys, inputs.additional_values]
@@ -77,29 +80,51 @@ class Hopper:
                 lengths = lengths.to(torch.int32)
                 more = [zero_from(tensor, lengths) for tensor in more]
             tensors += more
-        device = query.device.index
-        launch, addresses = prepare(plan, tensors, device)
+        launch = prepare(plan, tensors, device)
+        out = new(query.shape, query.dtype, query.device, launch.rooms[3])
+        lse = new(query.shape[:-1], torch.float32, query.device)
+        tensors.insert(3, out)
+        addresses = [tensor.data_ptr() for tensor in tensors]
         stream = torch._C._cuda_getCurrentRawStream(device)
         on_device(launch, device, addresses, lse.data_ptr(), 0 if lengths is None else lengths.data_ptr(), stream)
         return Output(out, lse)
 
 
-def prepare(plan: Plan, tensors: list[Tensor], device: int) -> tuple[Launch, list[int]]:
-    """A launch for these tensors and their addresses. Tensors that cannot be read in place are copied, in `tensors`."""
-    addresses = [tensor.data_ptr() for tensor in tensors]
+def prepare(plan: Plan, tensors: list[Tensor], device: int) -> Launch:
+    """A launch for these inputs. Those that cannot be read in place are replaced, in the list, by copies."""
     launch = on_device(prepared, device, plan, tuple([tensor.stride() for tensor in tensors]), device)
-    if launch is None or any(address % ALIGNMENT for address in addresses):
-        tensors[:] = [
-            tensor if is_mappable(tensor) else tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors
-        ]
+    if launch is None or any([tensor.data_ptr() % ALIGNMENT for tensor in tensors]):
+        tensors[:] = [tensor if is_mappable(tensor) else copy(tensor) for tensor in tensors]
         return prepare(plan, tensors, device)
-    return launch, addresses
+    if any(launch.rooms):
+        rooms = launch.rooms[:3] + launch.rooms[4:]
+        lacks = [2 * tensor.storage_offset() < room for tensor, room in zip(tensors, rooms, strict=True)]
+        if any(lacks):
+            room = launch.rooms[3]  # of the output, which is contiguous and has no fewer heads than a copy
+            tensors[:] = [copy(tensor, room) if lack else tensor for tensor, lack in zip(tensors, lacks, strict=True)]
+            return prepare(plan, tensors, device)
+    return launch
+
+
+def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, room: int = 0) -> Tensor:
+    """An empty tensor, `room` bytes into its allocation."""
+    if room == 0:
+        return torch.empty(shape, dtype=dtype, device=device)
+    start = room // dtype.itemsize
+    return torch.empty(start + prod(shape), dtype=dtype, device=device)[start:].view(shape)
+
+
+def copy(tensor: Tensor, room: int = 0) -> Tensor:
+    """A contiguous copy, `room` bytes into its allocation."""
+    return new(tensor.shape, tensor.dtype, tensor.device, room).copy_(tensor)
 
 
 @lru_cache(maxsize=1024)
 def prepared(plan: Plan, strides: tuple[tuple[int, ...], ...], device: int) -> Launch | None:
     """The launch of `plan` on tensors with these strides, built once; None if one of them must be copied first."""
-    layouts = layouts_of(plan.problem, strides)
+    problem = plan.problem
+    out = torch.empty((problem.batch, *problem.shape, problem.heads, problem.head_dim), device="meta")
+    layouts = layouts_of(problem, (*strides[:3], out.stride(), *strides[3:]))
     return Launch(plan, variant_of(plan), layouts, device) if all(map(can_map, layouts)) else None
 
 

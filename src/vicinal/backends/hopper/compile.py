@@ -46,6 +46,7 @@ def signature(variant: Variant) -> dict[str, Any]:
         "heads": "i32",
         "heads_per_key": "i32",
         "additional": "i32",
+        "slab": "i32",
         "scale": "fp32",
         "V": "constexpr",
     }

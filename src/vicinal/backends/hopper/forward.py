@@ -211,9 +211,9 @@ def consumer(number: gl.constexpr, block, out, lse, axes, heads, scale, V: gl.co
     finish(acc, peak, total, out, lse, smem, place, tokens, axes, heads, V)
 
 
-@gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "scale"])
+@gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "slab", "scale"])
 def forward(
-    query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, heads_per_key, additional, scale,
+    query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, heads_per_key, additional, slab, scale,
     V: gl.constexpr,
 ):  # fmt: skip
     """One block: one tile of queries of one head.
@@ -226,10 +226,11 @@ def forward(
         axes: an `AxisArgs` each.
         steps: a `StepArgs` for each of query, key, value, out, more_key and more_value.
         heads, heads_per_key, additional: counts.
+        slab: query tiles of the last axis that are swept together, see `tile_of`.
         scale: multiplies the scores, times log2(e).
         V: the `Variant`.
     """
-    tile = tile_of(axes, V)
+    tile = tile_of(axes, slab, V)
     counts = counts_of(tile, lengths, additional, V)
     columns = columns_of(tile, steps, heads_per_key, V)
     q_smem = gl.allocate_shared_memory(query.dtype, [V.consumers] + query.block_type.shape, query.layout)

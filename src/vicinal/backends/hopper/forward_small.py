@@ -34,9 +34,9 @@ from vicinal.backends.hopper.tile import (
     load_next,
     load_queries,
     next_box,
-    next_slot,
     query_place,
     tile_of,
+    wait_for_warps,
 )
 
 
@@ -44,18 +44,18 @@ from vicinal.backends.hopper.tile import (
 def load_both(sources, columns, tile, counts, i, t, h, w, barrier, k_smem, v_smem, V: gl.constexpr):
     """Start to load the `i`-th tile of keys and values into a slot that this warp has read."""
     mbarrier.expect(barrier, 2 * sources[0].block_type.nbytes)
-    gl.thread_barrier()  # until the other warps have read it too
+    wait_for_warps()  # until the other warps have read it too
     load_next(sources[0], sources[2], columns[1], columns[3], tile, counts[0], i, t, h, w, barrier, k_smem, V)
     load_next(sources[1], sources[3], columns[2], columns[4], tile, counts[0], i, t, h, w, barrier, v_smem, V)
 
 
-@gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "scale"])
+@gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "slab", "scale"])
 def forward_small(
-    query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, heads_per_key, additional, scale,
+    query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, heads_per_key, additional, slab, scale,
     V: gl.constexpr,
 ):  # fmt: skip
     """One block: 64 queries of one head. Arguments as in `forward.forward`."""
-    tile = tile_of(axes, V)
+    tile = tile_of(axes, slab, V)
     counts = counts_of(tile, lengths, additional, V)
     columns = columns_of(tile, steps, heads_per_key, V)
     n = counts[0] + counts[1]
@@ -79,7 +79,8 @@ def forward_small(
 
     layout: gl.constexpr = scores_layout(V)
     mask = mask_of(tile, axes, layout, V, 0)
-    tokens = tokens_of(tile, axes, V, 0)
+    rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tokens = gl.allocate_shared_memory(gl.int32, [64], rows, tokens_of(tile, axes, V, 0))
     place = query_place(tile, columns[5], V, 0)
     code = place_code(V, 4) if V.mask == "coded" else 0
     fence_async_shared()
@@ -90,12 +91,11 @@ def forward_small(
     t = 0
     h = 0
     w = 0
-    slot = 0
-    phase = 0
     mbarrier.wait(q_full, 0)
     for i in range(n):
         in_window = i < counts[0]
-        mbarrier.wait(full.index(slot), phase)
+        slot = i % V.stages  # and not a counter: registers are scarce here
+        mbarrier.wait(full.index(slot), i // V.stages & 1)
         scores = start_scores(q, k_smem.index(slot), mask, code, t, h, w, in_window, V)
         scores = warpgroup_mma_wait(0, deps=[scores])
         scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
@@ -110,5 +110,4 @@ def forward_small(
             for _ in gl.static_range(gl.constexpr(V.stages - 1)):
                 next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile, V)
             load_both(sources, columns, tile, counts, i + V.stages, next_t, next_h, next_w, full.index(slot), k_smem.index(slot), v_smem.index(slot), V)  # fmt: skip
-        slot, phase = next_slot(slot, phase, V.stages)
-    finish(acc, peak, total, out, lse, q_smem, place, tokens, axes, heads, V)
+    finish(acc, peak, total, out, lse, q_smem, place, tokens.load(peak.type.layout), axes, heads, V)

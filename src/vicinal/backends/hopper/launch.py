@@ -25,6 +25,9 @@ MAP_BYTES, MAP_ALIGNMENT = 128, 64
 ALIGNMENT = 16  # bytes; of addresses and strides
 LARGEST_COLUMN = 2**31 - 1  # coordinates are 32-bit
 LARGEST_STRIDE = 2**40  # bytes
+SHARED_L2_BYTES = (
+    16 * 2**20
+)  # of an H100's 50 MB: each half may keep its own copy, and queries and outputs pass through
 
 # Values of the driver's enumerations (cuda.h).
 DATA_TYPE = {"float16": 6, "bfloat16": 9}
@@ -112,7 +115,7 @@ class Geometry(NamedTuple):
 
     sizes: tuple[int, ...]  # innermost first
     strides: tuple[int, ...]  # in bytes, of all but the innermost
-    offset: int  # bytes from the tensor's first element to the map's base
+    room: int  # bytes that the map begins before the tensor
     steps: StepArgs
 
 
@@ -125,7 +128,8 @@ def geometry(layout: Layout, axes: Sequence[Axis]) -> Geometry:
     longer than the others, the map begins `dilation - long` tokens before the tensor: the
     long groups then begin in row 0 of the map and the short ones in row 1, and all end in its
     last row. So the tensor engine clips at the true end of every group, and neither reads nor writes
-    past it. Rows that lie before the tensor are never touched: windows begin inside.
+    past it. Windows begin inside the tensor, so no box begins before it; but the engine faults if the
+    map itself begins in memory that is not there, so a tensor needs that much `room` before it.
     """
     (batch, *_, heads, head_dim), (batch_step, *axis_steps, head_step, _) = layout
     axis_steps = [step if axis.length > 1 else 8 for step, axis in zip(axis_steps, axes, strict=True)]
@@ -144,7 +148,7 @@ def geometry(layout: Layout, axes: Sequence[Axis]) -> Geometry:
     return Geometry(
         (columns, *reversed(lengths), batch),
         (*reversed(strides), 2 * batch_step),
-        -2 * before,
+        2 * before,
         StepArgs(head_step, *axis_steps),
     )
 
@@ -155,7 +159,7 @@ class TensorMap:
     def __init__(self, geometry: Geometry, dtype: str, box: tuple[int, ...], head_dim: int) -> None:
         self._memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
         self.pointer = -(-ctypes.addressof(self._memory) // MAP_ALIGNMENT) * MAP_ALIGNMENT
-        self._offset = geometry.offset
+        self._room = geometry.room
         self._address: int | None = None
         self._encoding = (geometry, dtype, box, head_dim)
 
@@ -164,9 +168,9 @@ class TensorMap:
         if address == self._address:
             return
         if self._address is None:
-            self._encode(address + self._offset)
+            self._encode(address - self._room)
         else:
-            _check(_driver().cuTensorMapReplaceAddress(self.pointer, address + self._offset))
+            _check(_driver().cuTensorMapReplaceAddress(self.pointer, address - self._room))
         self._address = address
 
     def _encode(self, base: int) -> None:
@@ -197,6 +201,8 @@ class TensorMap:
 class Launch:
     """One kernel with its arguments, for tensors of given shapes and strides; only addresses change.
 
+    `rooms` are the bytes of the same allocation that each tensor needs before it.
+
     Safe to call from several threads and streams: the driver copies the arguments when it is called.
     """
 
@@ -206,6 +212,7 @@ class Launch:
         single = (Axis(1, 1), Axis(1, 1), Axis(max(problem.additional, 1), 1))
         geometries = [geometry(layout, single if i >= 4 else axes) for i, layout in enumerate(layouts)]
         boxes = [variant.box, variant.kv_box, variant.kv_box, variant.box, *[(1, 1, variant.keys)] * 2]
+        self.rooms = [geometry.room for geometry in geometries]
         self._function = function(variant, device)
         self._maps = [
             TensorMap(geometry, variant.dtype, box, variant.head_dim)
@@ -223,6 +230,7 @@ class Launch:
         integers = [n for axis, count in zip(axes, tiles, strict=True) for n in axis_args(axis, count)]
         integers += [n for step in steps for n in step]
         integers += [problem.heads, problem.heads // problem.heads_kv, problem.additional]
+        integers += [slab(axes, variant)]
         self._parameters = self._lay_out(integers, kernel_scale(problem.scale))
 
     def _lay_out(self, integers: list[int], scale: float) -> Any:
@@ -263,6 +271,14 @@ class Launch:
 def axis_args(axis: Axis, tiles: int) -> AxisArgs:
     """What the kernel is told of an axis that has `tiles` query tiles in each dilation group."""
     return AxisArgs(axis.length, axis.kernel_size, axis.stride, axis.dilation, int(axis.is_causal), tiles)
+
+
+def slab(axes: Sequence[Axis], variant: Variant) -> int:
+    """Query tiles of the last axis to sweep together: as many as let the keys that tiles share stay in the L2 cache."""
+    kept = axes[0].kernel_size * axes[0].dilation + variant.q_tile[0]
+    per_column = 2 * 2 * variant.head_dim * kept * axes[1].length  # bytes of K and V
+    halo = (axes[2].kernel_size - 1) * axes[2].dilation
+    return max((SHARED_L2_BYTES // per_column - halo) // variant.q_tile[2], 1)
 
 
 LOG2_E = 1.4426950408889634

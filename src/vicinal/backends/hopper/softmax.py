@@ -72,8 +72,11 @@ def exponentiate(scores, peak, total, scale, V: gl.constexpr):
 
 @gluon.jit
 def partial_sums(weights, V: gl.constexpr):
-    """Sums over the columns that one thread holds, `[64, 8]`: adding up across threads can wait until the end."""
-    return gl.sum(weights.reshape([64, V.keys // 8, 8]), 1)
+    """Sums over the columns that one thread holds, `[64, 4]`: adding up across threads can wait until the end.
+
+    Four threads share a row of accumulators, and of every eight columns each holds two.
+    """
+    return gl.sum(gl.sum(weights.reshape([64, V.keys // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit

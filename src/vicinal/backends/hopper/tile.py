@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.9
+wait_for_warps = getattr(gl, "barrier", None) or gl.thread_barrier  # likewise
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
@@ -89,19 +90,26 @@ def span_of(index, axis, Q: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(axes, V: gl.constexpr):
-    """The tile of this block: the first axis runs fastest, because its neighbors share most keys in the L2 cache."""
-    index = gl.program_id(0)
+def tile_of(axes, slab, V: gl.constexpr):
+    """The tile of this block.
+
+    Blocks of a head sweep the first axis, `slab` tiles of the last axis wide, one slab after another,
+    so that what neighboring tiles share is still in the L2 cache when the second of them comes.
+    """
     t_tiles = axes[0].tiles * axes[0].dilation
+    h_tiles = axes[1].tiles * axes[1].dilation
     w_tiles = axes[2].tiles * axes[2].dilation
-    rest = index // t_tiles
-    h = rest // w_tiles
+    first = gl.program_id(0) // (t_tiles * h_tiles * slab) * slab
+    index = gl.program_id(0) - first * t_tiles * h_tiles
+    width = gl.minimum(slab, w_tiles - first)
+    line = index // width
+    t = line // h_tiles
     return Tile(
         gl.program_id(2),
         gl.program_id(1),
-        span_of(index - rest * t_tiles, axes[0], V.q_tile[0], V.kv_box[0]),
-        span_of(h, axes[1], V.q_tile[1], V.kv_box[1]),
-        span_of(rest - h * w_tiles, axes[2], V.q_tile[2], V.kv_box[2]),
+        span_of(t, axes[0], V.q_tile[0], V.kv_box[0]),
+        span_of(line - t * h_tiles, axes[1], V.q_tile[1], V.kv_box[1]),
+        span_of(first + index - line * width, axes[2], V.q_tile[2], V.kv_box[2]),
     )
 
 

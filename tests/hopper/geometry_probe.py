@@ -1,0 +1,54 @@
+"""Runs the kernel's own arithmetic of spans and windows and brings back what it says."""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from vicinal._tuples import ceil_div
+from vicinal.backends.hopper.tile import span_of, window_start, window_stop
+from vicinal.backends.hopper.variant import AxisArgs
+from vicinal.problem import Axis
+
+NUMBERS = ["length", "kernel_size", "stride", "dilation", "is_causal", "tiles"]
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
+def _span(out, length, kernel_size, stride, dilation, is_causal, tiles, Q: gl.constexpr, K: gl.constexpr):
+    axis = AxisArgs(length, kernel_size, stride, dilation, is_causal, tiles)
+    span = span_of(gl.program_id(0), axis, Q, K)
+    row = out + gl.program_id(0) * 4
+    gl.store(row, span.group)
+    gl.store(row + 1, span.first)
+    gl.store(row + 2, span.origin)
+    gl.store(row + 3, span.visited)
+
+
+@gluon.jit(do_not_specialize=["members", *NUMBERS])
+def _window(out, members, length, kernel_size, stride, dilation, is_causal, tiles):
+    axis = AxisArgs(length, kernel_size, stride, dilation, is_causal, tiles)
+    member = gl.program_id(0)
+    gl.store(out + 2 * member, window_start(member, members, axis))
+    gl.store(out + 2 * member + 1, window_stop(member, members, axis))
+
+
+def _numbers(axis: Axis, q: int) -> tuple[int, ...]:
+    tiles = ceil_div(ceil_div(axis.length, axis.dilation), q)
+    return axis.length, axis.kernel_size, axis.stride, axis.dilation, int(axis.is_causal), tiles
+
+
+def spans_on_device(axis: Axis, q: int, k: int) -> list[tuple[int, ...]]:
+    """Group, first query, origin and visited boxes of every query tile, dilation groups one after another."""
+    numbers = _numbers(axis, q)
+    count = numbers[-1] * axis.dilation
+    out = torch.empty(count, 4, dtype=torch.int32, device="cuda")
+    _span[(count,)](out, *numbers, q, k, num_warps=1)
+    return [tuple(row) for row in out.tolist()]
+
+
+def windows_on_device(axis: Axis, members: int) -> list[tuple[int, ...]]:
+    """Start and stop of the window of every member of a dilation group."""
+    out = torch.empty(members, 2, dtype=torch.int32, device="cuda")
+    _window[(members,)](out, members, *_numbers(axis, 1), num_warps=1)
+    return [tuple(row) for row in out.tolist()]

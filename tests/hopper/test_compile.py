@@ -1,0 +1,73 @@
+"""The Hopper kernels on a machine without a GPU: they compile for sm_90a, fit, and spill nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from vicinal.backends.hopper.cost import RATES
+from vicinal.backends.hopper.variant import SMEM_BYTES, Variant
+
+pytest.importorskip("triton", reason="compiling kernels needs triton, which is not installed")
+
+# Per kind of kernel (head_dim, warpgroups, keys): a box of queries, and boxes of keys whose code is plain and reduced.
+Q_BOX = {1: (4, 4, 4), 2: (1, 8, 8), 3: (2, 8, 4)}
+KV_BOXES = {64: ((2, 8, 4), (1, 8, 8)), 128: ((4, 4, 8), (2, 8, 8))}
+
+
+def variants() -> list[Variant]:
+    found = []
+    for head_dim, consumers, keys in RATES:
+        stages = 3 if consumers == 3 else 2
+        common = ("bfloat16", head_dim, 3, Q_BOX[consumers], 0, consumers)
+        plain, reduced = KV_BOXES[keys]
+        found += [
+            Variant(*common, plain, stages, "none"),
+            Variant(*common, plain, stages, "coded"),
+            Variant(*common, reduced, stages, "coded", is_causal=True, has_additional=True),
+        ]
+        line = (1, 1, 64), 2, consumers, (1, 1, keys), stages
+        found.append(Variant("float16", head_dim, 1, *line, "select", has_additional=True))
+    return found
+
+
+@pytest.mark.parametrize("variant", variants(), ids=repr)
+def test_compiles_without_spills(variant: Variant, record_property: pytest.RecordProperty) -> None:
+    from vicinal.backends.hopper.compile import compiled, stack_bytes
+
+    kernel = compiled(variant)
+    cubin = kernel.asm["cubin"]
+    record_property("shared_bytes", kernel.metadata.shared)
+    record_property("stack_bytes", stack_bytes(cubin))
+    assert "sm_90a" in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= SMEM_BYTES
+    # The launcher passes no scratch memory.
+    assert kernel.metadata.global_scratch_size == kernel.metadata.profile_scratch_size == 0
+    assert stack_bytes(cubin) == 0
+
+
+def test_a_spill_would_be_seen() -> None:
+    from vicinal.backends.hopper.compile import HOPPER, GluonASTSource, forward_small, signature, stack_bytes, triton
+
+    variant = Variant("bfloat16", 64, 3, (4, 4, 4), 0, 1, (4, 4, 8), 2, "coded")
+    source = GluonASTSource(forward_small, signature(variant), {"V": variant})
+    kernel = triton.compile(source, target=HOPPER, options={"num_warps": 4, "maxnreg": 64})
+    assert stack_bytes(kernel.asm["cubin"]) > 0
+
+
+def test_parameters_are_as_the_launcher_lays_them_out() -> None:
+    from vicinal.backends.hopper.compile import compiled
+
+    ptx = compiled(variants()[0]).asm["ptx"]
+    entry = ptx[ptx.index(".entry") :]
+    parameters = [line for line in entry[: entry.index("{")].splitlines() if ".param" in line]
+    kinds = ["map" if "[128]" in line else line.split()[1].lstrip(".") for line in parameters]
+    one_map = ["map", *["u32"] * 5, *["u64"] * 5]
+    assert kinds == [*one_map * 6, "u64", "u64", *["u32"] * (18 + 24 + 4), "f32", "u64", "u64"]
+
+
+def test_import_is_light() -> None:
+    code = "import sys, vicinal.backends.hopper; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,128 @@
+"""The host side of the Hopper backend, on any machine: what it takes, how it cuts, where things lie."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from math import prod
+
+import pytest
+
+from vicinal.backends import hopper
+from vicinal.backends.hopper.cost import candidates, predicted_ms, ranked_tilings
+from vicinal.backends.hopper.launch import LOG2_E, Layout, can_map, geometry, kernel_scale, layouts_of
+from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, code_width, variant_of
+from vicinal.errors import Unsupported
+from vicinal.hardware import Hardware
+from vicinal.plan import make_plan
+from vicinal.problem import Axis, Problem
+from vicinal.tiling import Tiling
+
+H100 = Hardware.named("h100-sxm")
+PROBLEM = Problem.grid((9, 14, 22), (3, 5, 7), heads=2, head_dim=64)
+
+
+def test_takes_what_it_can_run() -> None:
+    assert hopper.backend.why_not(PROBLEM, H100) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float32"}, "computes in 16 bits only, got float32"),
+        ({"head_dim": 80, "head_dim_v": 80}, r"head_dim must be one of .*, got 80"),
+        ({"head_dim_v": 32}, "values must have the head_dim of the keys, got 32 and 64"),
+        ({"batch": 70000}, "at most 65535 batch rows, got 70000"),
+    ],
+)
+def test_says_why_not(change: dict[str, object], reason: str) -> None:
+    (said,) = hopper.backend.why_not(replace(PROBLEM, **change), H100)
+    assert re.search(reason, said)
+
+
+def test_says_why_not_on_other_hardware() -> None:
+    for hardware in (replace(H100, arch=(8, 0)), replace(H100, arch=(10, 0)), replace(H100, kind="cpu", arch=(0, 0))):
+        (said,) = hopper.backend.why_not(PROBLEM, hardware)
+        assert "needs sm_90" in said
+
+
+def test_refuses_a_tiling_in_a_sentence() -> None:
+    with pytest.raises(Unsupported, match=r"64, 128 or 192 queries, got 80; .*powers of two"):
+        variant_of(make_plan(PROBLEM, Tiling((4, 4, 5), (2, 4, 12))))
+
+
+def test_every_candidate_can_be_cut() -> None:
+    for rank in (1, 2, 3):
+        for head_dim in hopper.HEAD_DIMS:
+            problem = Problem.grid((64,) * rank, 8, head_dim=head_dim)
+            for tiling in candidates(problem):
+                variant = variant_of(make_plan(problem, tiling))
+                assert variant.q_tile[3 - rank :] == tiling.q_tile
+                assert prod(variant.box) == ROWS
+                in_flight = 2 * head_dim * (ROWS * variant.consumers + 2 * variant.stages * variant.keys)
+                assert in_flight + 64 * variant.keys <= SMEM_BYTES
+
+
+def test_prefers_what_the_model_predicts_fastest() -> None:
+    problem = Problem.grid((30, 48, 80), (18, 24, 24), heads=24, head_dim=128)
+    times = [predicted_ms(make_plan(problem, tiling)) for tiling in ranked_tilings(problem)]
+    everything = [predicted_ms(make_plan(problem, tiling)) for tiling in candidates(problem)]
+    assert times == pytest.approx(sorted(times), rel=1e-3)
+    assert times[0] == pytest.approx(min(everything), rel=1e-3)
+
+
+@pytest.mark.parametrize("kv_box", [(2, 8, 8), (4, 4, 8), (1, 8, 8), (2, 2, 16), (8, 16), (8, 8)])
+def test_code_tells_every_place_from_every_other(kv_box: tuple[int, ...]) -> None:
+    width, is_reduced = code_width(kv_box)
+    columns = sum(kv_box) - (len(kv_box) - 1 if is_reduced else 0)
+    assert width in (16, 32) and columns <= width
+    assert not (is_reduced and sum(kv_box) <= width)  # used only where it saves an instruction
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_every_token_has_its_place_in_the_map_and_no_other_token_has_one(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 12) for _ in range(3)]
+    axes = [Axis(n, 1, dilation=rng.randint(1, n)) for n in lengths]
+    steps = [rng.randint(1, 50) * 8 for _ in range(3)]
+    heads, head_step = rng.randint(1, 3), 8 * rng.randint(8, 20)
+    layout = Layout((2, *lengths, heads, 64), (8 * rng.randint(1, 99), *steps, head_step, 1))
+    place = geometry(layout, axes)
+    columns, *extents = place.sizes
+    for i, axis in enumerate(axes):
+        long_groups = axis.length % axis.dilation
+        reach, stride = extents[2 - i], place.strides[2 - i]
+        for group, members in enumerate(a.length for a in axis.subaxes()):
+            # As `tile.span_of` computes them.
+            residue = group - long_groups + (axis.dilation if group < long_groups else 0)
+            shift = int(0 < long_groups <= group)
+            others = sum(s * (-a.length % a.dilation) for s, a in zip(steps, axes, strict=True) if a is not axis)
+            step = place.steps[i + 1]
+            for member in range(members):
+                address = -place.room + 2 * others + 2 * residue * step + (member + shift) * stride
+                assert address == 2 * (group + member * axis.dilation) * step
+            assert members + shift == reach  # the engine clips at the true end
+            assert 0 <= residue < axis.dilation
+    assert columns >= (heads - 1) * head_step + 64
+
+
+def test_layouts_that_the_engine_reads_in_place() -> None:
+    problem = Problem.grid((6, 10), (3, 5), heads=4, head_dim=64, batch=2)
+    fused = (6 * 10 * 3 * 256, 10 * 3 * 256, 3 * 256, 64, 1)
+    heads_first = (4 * 60 * 64, 10 * 64, 64, 60 * 64, 1)
+    assert all(map(can_map, layouts_of(problem, [fused, heads_first, fused, fused])))
+    for broken in ((*fused[:-1], 2), (*fused[:3], 60, 1), (0, *fused[1:])):
+        assert not can_map(layouts_of(problem, [broken])[0])
+
+
+def test_a_scale_of_zero_still_hides() -> None:
+    assert kernel_scale(0.125) == 0.125 * LOG2_E == kernel_scale(-0.125)
+    assert kernel_scale(0.0) * 2.0**100 > 1e5 and kernel_scale(0.0) * 2.0**50 < 1e-6
+
+
+def test_refuses_groups_spread_too_far() -> None:
+    axes = (Axis(1, 1), Axis(1, 1), Axis(1000, 10, dilation=100))
+    far = Layout((1, 1, 1, 1000, 1, 64), (8, 8, 8, 2**26, 64, 1))
+    with pytest.raises(Unsupported, match="smaller dilation"):
+        geometry(far, axes)
