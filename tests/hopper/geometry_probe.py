@@ -15,7 +15,7 @@ NUMBERS = ["length", "kernel_size", "stride", "dilation", "is_causal", "tiles"]
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
-def _span(out, length, kernel_size, stride, dilation, is_causal, tiles, Q: gl.constexpr, K: gl.constexpr):
+def _span(out, length, kernel_size, stride, dilation, is_causal, tiles, Q: gl.constexpr, K: gl.constexpr):  # noqa: N803
     axis = AxisArgs(length, kernel_size, stride, dilation, is_causal, tiles)
     span = span_of(gl.program_id(0), axis, Q, K)
     row = out + gl.program_id(0) * 4

@@ -50,6 +50,7 @@ class Hopper:
                 f"values must have the head_dim of the keys, got {problem.head_dim_v} and {problem.head_dim}",
             ),
             (problem.heads <= LARGEST_GRID, f"takes at most {LARGEST_GRID} heads, got {problem.heads}"),
+            (problem.tokens < 2**31, f"takes fewer than 2^31 tokens a batch row, got {problem.tokens}"),
             (problem.batch <= LARGEST_GRID, f"takes at most {LARGEST_GRID} batch rows, got {problem.batch}"),
         )
         return tuple(reason for holds, reason in facts if not holds)
@@ -93,7 +94,7 @@ class Hopper:
 def prepare(plan: Plan, tensors: list[Tensor], device: int) -> Launch:
     """A launch for these inputs. Those that cannot be read in place are replaced, in the list, by copies."""
     launch = on_device(prepared, device, plan, tuple([tensor.stride() for tensor in tensors]), device)
-    if launch is None or any([tensor.data_ptr() % ALIGNMENT for tensor in tensors]):
+    if launch is None or any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
         tensors[:] = [tensor if is_mappable(tensor) else copy(tensor) for tensor in tensors]
         return prepare(plan, tensors, device)
     if any(launch.rooms):

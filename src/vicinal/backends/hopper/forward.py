@@ -42,6 +42,7 @@ from vicinal.backends.hopper.tile import (
     next_slot,
     query_place,
     tile_of,
+    valid_from,
 )
 
 
@@ -83,36 +84,43 @@ def producer(block, query, key, value, more_key, more_value, V: gl.constexpr):
     keys = block.k_ring
     values = block.v_ring
     tile = block.tile
-    boxes = block.counts[0]
+    counts = block.counts
+    columns = block.columns
     slot = 0
     phase = 0
     t = 0
     h = 0
     w = 0
-    for i in range(boxes + block.counts[1]):
+    for i in range(counts.boxes + counts.more_tiles):
         mbarrier.wait(keys.free.index(slot), phase ^ 1)
-        mbarrier.expect(keys.full.index(slot), key.block_type.nbytes)
-        load_next(key, more_key, block.columns[1], block.columns[3], tile, boxes, i, t, h, w, keys.full.index(slot), keys.slots.index(slot), V)  # fmt: skip
+        full = keys.full.index(slot)
+        mbarrier.expect(full, key.block_type.nbytes)
+        smem = keys.slots.index(slot)
+        load_next(key, more_key, columns.key, columns.more_key, tile, counts, i, t, h, w, full, smem, V)
         if i == 0:
             for number in gl.static_range(gl.constexpr(V.consumers)):
-                load_queries(
-                    query, block.columns[0], tile, block.q_full.index(number), block.q_smem.index(number), V, number
-                )
+                q_full = block.q_full.index(number)
+                load_queries(query, columns.query, tile, q_full, block.q_smem.index(number), V, number)
         mbarrier.wait(values.free.index(slot), phase ^ 1)
-        mbarrier.expect(values.full.index(slot), value.block_type.nbytes)
-        load_next(value, more_value, block.columns[2], block.columns[4], tile, boxes, i, t, h, w, values.full.index(slot), values.slots.index(slot), V)  # fmt: skip
+        full = values.full.index(slot)
+        mbarrier.expect(full, value.block_type.nbytes)
+        smem = values.slots.index(slot)
+        load_next(value, more_value, columns.value, columns.more_value, tile, counts, i, t, h, w, full, smem, V)
         t, h, w = next_box(t, h, w, tile, V)
         slot, phase = next_slot(slot, phase, V.stages)
 
 
 @gluon.jit
 def walk_overlapped(q, mask, block, scale, V: gl.constexpr):
-    """Attention of one warpgroup, the scores of the next box under way while this one's are exponentiated."""
+    """Attention of one warpgroup, the scores of the next box under way while this one's are exponentiated.
+
+    Needs two slots at least: it asks for the next keys before it is done with this box's values.
+    """
     keys = block.k_ring
     values = block.v_ring
     tile = block.tile
     counts = block.counts
-    n = counts[0] + counts[1]
+    n = counts.boxes + counts.more_tiles
     dtype: gl.constexpr = values.slots.dtype
     layout: gl.constexpr = scores_layout(V)
     acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
@@ -136,13 +144,13 @@ def walk_overlapped(q, mask, block, scale, V: gl.constexpr):
     mbarrier.wait(keys.full.index(k_slot), k_phase, pred=n > 1)
     for i in range(1, n):
         t, h, w = next_box(t, h, w, tile, V)
-        in_window = i < counts[0]
+        in_window = i < counts.boxes
         scores = start_scores(q, keys.slots.index(k_slot), mask, block.code, t, h, w, in_window, V)
         mbarrier.wait(values.full.index(v_slot), v_phase)
         out = warpgroup_mma(p, values.slots.index(v_slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(keys.free.index(k_slot))
-        scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
+        scores = hide(scores, mask, t, h, w, in_window, valid_from(counts, i, V), V)
         weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
         next_p = as_operand(weights, dtype, V)
         k_slot, k_phase = next_slot(k_slot, k_phase, V.stages)
@@ -176,13 +184,13 @@ def walk(q, mask, block, scale, V: gl.constexpr):
     w = 0
     slot = 0
     phase = 0
-    for i in range(counts[0] + counts[1]):
-        in_window = i < counts[0]
+    for i in range(counts.boxes + counts.more_tiles):
+        in_window = i < counts.boxes
         mbarrier.wait(keys.full.index(slot), phase)
         scores = start_scores(q, keys.slots.index(slot), mask, block.code, t, h, w, in_window, V)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(keys.free.index(slot))
-        scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
+        scores = hide(scores, mask, t, h, w, in_window, valid_from(counts, i, V), V)
         weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
         p = as_operand(weights, dtype, V)
         acc = acc * per_row(rescale, V)
@@ -207,14 +215,14 @@ def consumer(number: gl.constexpr, block, out, lse, axes, heads, scale, V: gl.co
         acc, peak, total = walk_overlapped(q, mask, block, scale, V)
     else:
         acc, peak, total = walk(q, mask, block, scale, V)
-    place = query_place(block.tile, block.columns[5], V, number)
+    place = query_place(block.tile, block.columns.out, V, number)
     finish(acc, peak, total, out, lse, smem, place, tokens, axes, heads, V)
 
 
 @gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "slab", "scale"])
 def forward(
-    query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, heads_per_key, additional, slab, scale,
-    V: gl.constexpr,
+    query, key, value, out, more_key, more_value, lse, lengths, axes, steps,
+    heads, heads_per_key, additional, slab, scale, V: gl.constexpr,
 ):  # fmt: skip
     """One block: one tile of queries of one head.
 
@@ -232,7 +240,7 @@ def forward(
     """
     tile = tile_of(axes, slab, V)
     counts = counts_of(tile, lengths, additional, V)
-    columns = columns_of(tile, steps, heads_per_key, V)
+    columns = columns_of(tile, steps, heads_per_key)
     q_smem = gl.allocate_shared_memory(query.dtype, [V.consumers] + query.block_type.shape, query.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [V.consumers, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(gl.constexpr(V.consumers)):

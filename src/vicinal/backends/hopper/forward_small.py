@@ -5,6 +5,8 @@ boxes ahead, and the other blocks of the multiprocessor fill the gaps. With few 
 beats any overlap inside the block.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -36,29 +38,51 @@ from vicinal.backends.hopper.tile import (
     next_box,
     query_place,
     tile_of,
+    valid_from,
     wait_for_warps,
 )
 
 
+class Source(NamedTuple):
+    """Where the keys and values of a block come from, and where they go."""
+
+    key: Any
+    value: Any
+    more_key: Any
+    more_value: Any
+    columns: Any
+    tile: Any
+    counts: Any
+    k_smem: Any
+    v_smem: Any
+    full: Any
+
+
 @gluon.jit
-def load_both(sources, columns, tile, counts, i, t, h, w, barrier, k_smem, v_smem, V: gl.constexpr):
+def load_both(source, i, t, h, w, slot, V: gl.constexpr):
     """Start to load the `i`-th tile of keys and values into a slot that this warp has read."""
-    mbarrier.expect(barrier, 2 * sources[0].block_type.nbytes)
+    full = source.full.index(slot)
+    k = source.k_smem.index(slot)
+    v = source.v_smem.index(slot)
+    columns = source.columns
+    tile = source.tile
+    counts = source.counts
+    mbarrier.expect(full, 2 * source.key.block_type.nbytes)
     wait_for_warps()  # until the other warps have read it too
-    load_next(sources[0], sources[2], columns[1], columns[3], tile, counts[0], i, t, h, w, barrier, k_smem, V)
-    load_next(sources[1], sources[3], columns[2], columns[4], tile, counts[0], i, t, h, w, barrier, v_smem, V)
+    load_next(source.key, source.more_key, columns.key, columns.more_key, tile, counts, i, t, h, w, full, k, V)
+    load_next(source.value, source.more_value, columns.value, columns.more_value, tile, counts, i, t, h, w, full, v, V)
 
 
 @gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "slab", "scale"])
 def forward_small(
-    query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, heads_per_key, additional, slab, scale,
-    V: gl.constexpr,
+    query, key, value, out, more_key, more_value, lse, lengths, axes, steps,
+    heads, heads_per_key, additional, slab, scale, V: gl.constexpr,
 ):  # fmt: skip
     """One block: 64 queries of one head. Arguments as in `forward.forward`."""
     tile = tile_of(axes, slab, V)
     counts = counts_of(tile, lengths, additional, V)
-    columns = columns_of(tile, steps, heads_per_key, V)
-    n = counts[0] + counts[1]
+    columns = columns_of(tile, steps, heads_per_key)
+    n = counts.boxes + counts.more_tiles
     q_smem = gl.allocate_shared_memory(query.dtype, query.block_type.shape, query.layout)
     k_smem = gl.allocate_shared_memory(key.dtype, [V.stages] + key.block_type.shape, key.layout)
     v_smem = gl.allocate_shared_memory(value.dtype, [V.stages] + value.block_type.shape, value.layout)
@@ -67,21 +91,21 @@ def forward_small(
         mbarrier.init(full.index(i), 1)
     fence_async_shared()
     q_full = full.index(V.stages)
-    load_queries(query, columns[0], tile, q_full, q_smem, V, 0)
-    sources = (key, value, more_key, more_value)
+    load_queries(query, columns.query, tile, q_full, q_smem, V, 0)
+    source = Source(key, value, more_key, more_value, columns, tile, counts, k_smem, v_smem, full)
     next_t = 0
     next_h = 0
     next_w = 0
     for i in gl.static_range(gl.constexpr(V.stages)):
         if i < n:
-            load_both(sources, columns, tile, counts, i, next_t, next_h, next_w, full.index(i), k_smem.index(i), v_smem.index(i), V)  # fmt: skip
+            load_both(source, i, next_t, next_h, next_w, i, V)
         next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile, V)
 
     layout: gl.constexpr = scores_layout(V)
     mask = mask_of(tile, axes, layout, V, 0)
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tokens = gl.allocate_shared_memory(gl.int32, [64], rows, tokens_of(tile, axes, V, 0))
-    place = query_place(tile, columns[5], V, 0)
+    place = query_place(tile, columns.out, V, 0)
     code = place_code(V, 4) if V.mask == "coded" else 0
     fence_async_shared()
     q = q_smem.reshape([64, V.head_dim])
@@ -93,12 +117,12 @@ def forward_small(
     w = 0
     mbarrier.wait(q_full, 0)
     for i in range(n):
-        in_window = i < counts[0]
+        in_window = i < counts.boxes
         slot = i % V.stages  # and not a counter: registers are scarce here
         mbarrier.wait(full.index(slot), i // V.stages & 1)
         scores = start_scores(q, k_smem.index(slot), mask, code, t, h, w, in_window, V)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        scores = hide(scores, mask, t, h, w, in_window, counts[2] - (i - counts[0]) * V.keys, V)
+        scores = hide(scores, mask, t, h, w, in_window, valid_from(counts, i, V), V)
         weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
         p = as_operand(weights, query.dtype, V)
         acc = acc * per_row(rescale, V)
@@ -109,5 +133,5 @@ def forward_small(
             next_t, next_h, next_w = t, h, w
             for _ in gl.static_range(gl.constexpr(V.stages - 1)):
                 next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile, V)
-            load_both(sources, columns, tile, counts, i + V.stages, next_t, next_h, next_w, full.index(slot), k_smem.index(slot), v_smem.index(slot), V)  # fmt: skip
+            load_both(source, i + V.stages, next_t, next_h, next_w, slot, V)
     finish(acc, peak, total, out, lse, q_smem, place, tokens.load(peak.type.layout), axes, heads, V)

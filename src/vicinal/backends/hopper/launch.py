@@ -194,7 +194,7 @@ class TensorMap:
                 SWIZZLE[swizzle],
                 L2_PROMOTION_128B,
                 0,
-            )  # fmt: skip
+            )
         )
 
 
@@ -262,9 +262,7 @@ class Launch:
             for tensor_map, address in zip(self._maps, addresses, strict=True):
                 tensor_map.point_to(address)
             self._lse.value, self._lengths.value = lse, lengths
-            code = _driver().cuLaunchKernel(
-                handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None
-            )  # fmt: skip
+            code = _driver().cuLaunchKernel(handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None)
         _check(code)
 
 

@@ -81,7 +81,7 @@ def partial_sums(weights, V: gl.constexpr):
 
 @gluon.jit
 def spread(x, like):
-    """One value per row, spread over `like`."""
+    """One value per row, spread over the columns of `like`."""
     return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout)), 1)
 
 

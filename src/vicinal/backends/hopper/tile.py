@@ -113,17 +113,30 @@ def tile_of(axes, slab, V: gl.constexpr):
     )
 
 
+class Counts(NamedTuple):
+    """What a query tile visits: KV boxes inside its windows, then tiles of additional keys, of which `valid` count."""
+
+    boxes: Any
+    more_tiles: Any
+    valid: Any
+
+
 @gluon.jit
 def counts_of(tile, lengths, additional, V: gl.constexpr):
-    """KV boxes inside the windows, tiles of additional keys after them, and the additional keys that count."""
     boxes = tile.t.visited * tile.h.visited * tile.w.visited
     if V.has_additional:
         valid = additional
         if lengths.to(gl.int64) != 0:
             valid = gl.minimum(gl.maximum(gl.load(lengths + tile.batch), 0), additional)
-        return boxes, (valid + V.keys - 1) // V.keys, valid
+        return Counts(boxes, (valid + V.keys - 1) // V.keys, valid)
     else:
-        return boxes, boxes * 0, boxes * 0
+        return Counts(boxes, boxes * 0, boxes * 0)
+
+
+@gluon.jit
+def valid_from(counts, i, V: gl.constexpr):
+    """How many additional keys count from tile `i` on."""
+    return counts.valid - (i - counts.boxes) * V.keys
 
 
 @gluon.jit
@@ -132,13 +145,28 @@ def column(tile, head, steps):
     return head * steps.head + tile.t.residue * steps.t + tile.h.residue * steps.h + tile.w.residue * steps.w
 
 
+class Columns(NamedTuple):
+    """Innermost coordinates of a query tile in each tensor."""
+
+    query: Any
+    key: Any
+    value: Any
+    more_key: Any
+    more_value: Any
+    out: Any
+
+
 @gluon.jit
-def columns_of(tile, steps, heads_per_key, V: gl.constexpr):
-    """Innermost coordinates of the tile in query, key, value, more_key, more_value and out."""
+def columns_of(tile, steps, heads_per_key):
     head = tile.head // heads_per_key
-    q = column(tile, tile.head, steps[0])
-    o = column(tile, tile.head, steps[3])
-    return q, column(tile, head, steps[1]), column(tile, head, steps[2]), head * steps[4].head, head * steps[5].head, o
+    return Columns(
+        column(tile, tile.head, steps[0]),
+        column(tile, head, steps[1]),
+        column(tile, head, steps[2]),
+        head * steps[4].head,
+        head * steps[5].head,
+        column(tile, tile.head, steps[3]),
+    )
 
 
 @gluon.jit
@@ -216,15 +244,15 @@ def load_additional(desc, column, tile, number, barrier, smem, V: gl.constexpr):
 
 
 @gluon.jit
-def load_next(desc, more, column, more_column, tile, boxes, i, t, h, w, barrier, smem, V: gl.constexpr):
+def load_next(desc, more, column, more_column, tile, counts, i, t, h, w, barrier, smem, V: gl.constexpr):
     """Start to load the `i`-th tile of keys or values: box `(t, h, w)`, or additional ones after the last box.
 
     The caller has told the barrier what to expect.
     """
     if V.has_additional:
-        if i < boxes:
+        if i < counts.boxes:
             load_keys(desc, column, tile, t, h, w, barrier, smem, V)
         else:
-            load_additional(more, more_column, tile, i - boxes, barrier, smem, V)
+            load_additional(more, more_column, tile, i - counts.boxes, barrier, smem, V)
     else:
         load_keys(desc, column, tile, t, h, w, barrier, smem, V)

@@ -93,7 +93,7 @@ class Variant:
 
     @property
     def registers(self) -> int:
-        """Registers per thread of a computing warpgroup."""
+        """Registers per thread of a computing warpgroup; the producer's 24 come on top."""
         return {1: 0, 2: 240, 3: 160}[self.consumers]
 
     @property
