@@ -75,10 +75,14 @@ class Broken:
     wrong_plan: Callable[[Plan], Plan] | None = None
     wrong_gradients: Callable[[Gradients, Inputs], Gradients] | None = None
     refuses: tuple[str, ...] = ()
+    no_gradients: tuple[str, ...] = ()
     name: str = "broken"
 
     def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         return self.refuses
+
+    def why_not_gradients(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        return self.no_gradients
 
     def tilings(self, problem: Problem, hardware: Hardware) -> Any:
         return blocked.backend.tilings(problem, hardware)
@@ -263,6 +267,58 @@ def test_a_refusal_gives_every_reason(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends, "ALL", (picky,))
     with pytest.raises(Unsupported, match=r"(?s)no backend runs.*needs sm_90"):
         backends.choose(problem, hardware)
+
+
+def test_a_backend_without_gradients_is_chosen_only_where_none_are_needed(monkeypatch: pytest.MonkeyPatch):
+    forward_only = Broken(no_gradients=("computes no gradients yet",), name="forward only")
+    monkeypatch.setattr(backends, "ALL", (forward_only, blocked.backend))
+    problem, hardware = Problem.grid((8,), 3, dtype="float32"), backends.present(CPU)
+    assert backends.choose(problem, hardware).name == "forward only"
+    assert backends.choose(problem, hardware, needs_grad=True).name == "blocked"
+    with pytest.raises(Unsupported, match=r"(?s)'forward only' declines.*computes no gradients yet"):
+        backends.choose(problem, hardware, "forward only", needs_grad=True)
+    query = torch.randn(1, 8, 2, 4, requires_grad=True)
+    attention_with_lse(query, query, query, 3, backend="blocked").out.sum().backward()
+    assert query.grad is not None
+    with pytest.raises(Unsupported, match="computes no gradients yet"):
+        attention_with_lse(query, query, query, 3, backend="forward only")
+    with torch.no_grad():
+        attention_with_lse(query, query, query, 3, backend="forward only")
+
+
+@pytest.mark.parametrize(("batch", "heads_kv", "dilation"), [(3, 2, 1), (1, 1, 1), (1, 3, 2)])
+def test_workers_change_nothing_and_leave_the_thread_count_alone(batch: int, heads_kv: int, dilation: int):
+    problem = Problem.grid(
+        (13, 22), (5, 4), batch=batch, heads=2 * heads_kv, heads_kv=heads_kv, head_dim=8, additional=3, dtype="float32"
+    )
+    inputs = make_inputs(problem, CPU, 1)
+    leaves = [tensor.requires_grad_() for tensor in inputs[:5] if tensor is not None]
+    grads = make_output_gradients(problem, CPU, 1)
+
+    def solve(threads: int) -> tuple[Tensor, ...]:
+        torch.set_num_threads(threads)
+        output = attention_with_lse(
+            *leaves[:3],
+            (5, 4),
+            dilation=(1, dilation),
+            additional_keys=leaves[3],
+            additional_values=leaves[4],
+            additional_lengths=inputs.additional_lengths,
+            backend="blocked",
+        )
+        found = *output, *torch.autograd.grad(output, leaves, grads)
+        assert torch.get_num_threads() == threads
+        return found
+
+    try:
+        one = solve(1)
+        for threads in (2, 3, 7):
+            many = solve(threads)
+            for ours, theirs in zip(many, one, strict=True):
+                torch.testing.assert_close(ours, theirs)
+            assert all(torch.equal(a, b) for a, b in zip(many, solve(threads), strict=True))
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_environment_names_a_backend_and_a_call_overrules_it(monkeypatch: pytest.MonkeyPatch):

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from vicinal._files import write_whole
 from vicinal.errors import InvalidProblem, Unsupported
-from vicinal.images import Image, check_output, read_image, write_image, write_whole
+from vicinal.images import Image, check_output, read_image, write_image
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (7, 11), dtype=np.uint8)

@@ -34,7 +34,7 @@ def test_opcheck(case):
         extra = [torch.randn(2, 3, 2, 8, requires_grad=True), torch.randn(2, 3, 2, 6, requires_grad=True)]
         extra.append(torch.tensor([1, 3]))
     tiling = [2, 3, 4, 5, 0] if case == "tiled" else []
-    arguments = [q, k, v, *extra, [3, 2], [1, 2], [1, 3], [True, False], 0.3, "", tiling]
+    arguments = [q, k, v, *extra, [3, 2], [1, 2], [1, 3], [True, False], 0.3, "", tiling, True]
     checks = opcheck(ops.attention, arguments)
     assert set(checks.values()) == {"SUCCESS"}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vicinal._files import write_whole
 from vicinal.errors import InvalidProblem, Unsupported
 
 FRAME = "#D55E00"
@@ -66,11 +66,7 @@ def save(path: str | Path, draw: Callable[[Any], None]) -> Path:
         figure: Any = Figure(layout="constrained")
         figure.get_layout_engine().set(h_pad=0.08)
         draw(figure)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            # Without a date, equal figures are equal files.
-            figure.savefig(part, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        # Without a date, equal figures are equal files.
+        date = {"Date": None} if kind == "svg" else None
+        write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=160, metadata=date))
     return path

@@ -157,6 +157,7 @@ def attention_with_lse(
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         backend or "",
         ops.encode(tiling),
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, *floats)),
     )
     return AttentionOutput(out, lse)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from vicinal._files import scratch_beside, write_whole
 from vicinal.errors import InvalidProblem, Unsupported
 
 if TYPE_CHECKING:
@@ -174,46 +172,6 @@ def _check_holds(name: str, suffix: str, image: Image) -> None:
         raise InvalidProblem(f"output must end in {'.npy' if is_tiff else '.tif or .npy'} to hold {kind}, got {name!r}")
 
 
-def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file; it appears under its name when it is complete, or not at all.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_whole(Path(folder) / "a.txt", lambda file: file.write(b"all of it"))
-        ...     (Path(folder) / "a.txt").read_text()
-        'all of it'
-    """
-    with _scratch(Path(path), Path(path).suffix) as scratch, open(scratch, "w+b") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _scratch(path: Path, suffix: str) -> Generator[Path]:
-    """A file beside `path` that takes its place at the end, and is gone if that does not come."""
-    # The same folder, since replacing is atomic within one file system only.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, _mode(path))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _mode(path: Path) -> int:
-    """Permissions of the file to be replaced, or those of any new file: scratch files are private."""
-    if path.exists():
-        return path.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 def _suffix(path: Path, which: str) -> str:
     name = path.name.lower()
     for suffix in sorted(PICTURES + VOLUMES, key=len, reverse=True):
@@ -372,5 +330,5 @@ def _write_nifti(path: Path, image: Image) -> None:
     import numpy as np
 
     volume = nibabel.Nifti1Image(image.pixels.astype(np.float32), image.extras.get("affine", np.eye(4)))
-    with _scratch(path, ".nii.gz" if path.name.lower().endswith(".gz") else ".nii") as scratch:
+    with scratch_beside(path, ".nii.gz" if path.name.lower().endswith(".gz") else ".nii") as scratch:
         nibabel.save(volume, scratch)

@@ -43,6 +43,7 @@ def solve(
     scale: float,
     backend: str,
     tiling: Sequence[int],
+    needs_grad: bool,
 ) -> tuple[Backend, Plan]:
     """Who computes it, and how it is cut."""
     problem = Problem.of(
@@ -59,7 +60,7 @@ def solve(
         additional_lengths=inputs.additional_lengths,
     )
     hardware = backends.present(inputs.query.device)
-    chosen = backends.choose(problem, hardware, backend or None)
+    chosen = backends.choose(problem, hardware, backend or None, needs_grad=needs_grad)
     cut = decode(tiling) or next(iter(chosen.tilings(problem, hardware)))
     return chosen, make_plan(problem, cut)
 
@@ -79,11 +80,14 @@ def attention(
     scale: float,
     backend: str,
     tiling: Sequence[int],
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """`out [B, *S, H, Dv]` and `lse [B, *S, H]`; see `vicinal.neighborhood_attention`."""
     inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths)
-    chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling)
-    out, lse = chosen.forward(plan, inputs)
+    # Autocast lowers the calls that PyTorch code makes; what a backend computes in is its own affair.
+    with torch.autocast(query.device.type, enabled=False):
+        chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
+        out, lse = chosen.forward(plan, inputs)
     return out, lse
 
 
@@ -106,11 +110,13 @@ def attention_backward(
     scale: float,
     backend: str,
     tiling: Sequence[int],
+    needs_grad: bool,
 ) -> list[Tensor]:
     """Gradients of query, key, value, and of the additional keys and values if there are any."""
     inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths)
-    chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling)
-    gradients = chosen.backward(plan, inputs, Output(out, lse), grad_out, grad_lse)
+    with torch.autocast(query.device.type, enabled=False):
+        chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
+        gradients = chosen.backward(plan, inputs, Output(out, lse), grad_out, grad_lse)
     return [gradient for gradient in gradients if gradient is not None]
 
 

@@ -11,13 +11,13 @@ from functools import lru_cache
 
 import torch
 
-from vicinal.backends import blocked, reference
+from vicinal.backends import blocked, hopper, reference
 from vicinal.backends.base import Backend
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.hardware import KNOWN, Hardware
 from vicinal.problem import Problem
 
-ALL: tuple[Backend, ...] = (blocked.backend, reference.backend)
+ALL: tuple[Backend, ...] = (hopper.backend, blocked.backend, reference.backend)
 
 VARIABLE = "VICINAL_BACKEND"
 """The one environment variable: a backend's name, used where a call names none."""
@@ -51,21 +51,25 @@ def named(name: str) -> Backend:
     raise InvalidProblem(f"backend must be one of {', '.join(b.name for b in ALL)}, got {name!r}")
 
 
-def explain(problem: Problem, hardware: Hardware | None = None, backend: str | None = None) -> Explanation:
+def explain(
+    problem: Problem, hardware: Hardware | None = None, backend: str | None = None, *, needs_grad: bool = False
+) -> Explanation:
     """Which backend would run `problem` on `hardware`, and why the others would not. Runs nothing.
 
     Args:
         problem: what is asked.
         hardware: where; `None` means this machine's accelerator, or its processor if it has none.
         backend: as in a call: a name to insist on, or `None` for the first that can.
+        needs_grad: whether gradients will be asked for.
 
     Example:
-        >>> print(explain(Problem.grid((8, 12), kernel_size=3), Hardware.named("h100-sxm")))
+        >>> print(explain(Problem.grid((8, 12), kernel_size=3), Hardware.named("a100-80gb")))
+        hopper     no   needs sm_90, this is cuda sm_80
         blocked    yes  <- chosen
         reference  yes
     """
     hardware = present(_default_device()) if hardware is None else hardware
-    reasons = tuple((candidate.name, candidate.why_not(problem, hardware)) for candidate in ALL)
+    reasons = tuple((candidate.name, _reasons(candidate, problem, hardware, needs_grad)) for candidate in ALL)
     name = backend or os.environ.get(VARIABLE)
     if name:
         willing = () if dict(reasons)[named(name).name] else (name,)
@@ -74,8 +78,13 @@ def explain(problem: Problem, hardware: Hardware | None = None, backend: str | N
     return Explanation(reasons, willing[0] if willing else None)
 
 
-def choose(problem: Problem, hardware: Hardware, name: str | None = None) -> Backend:
-    """The backend called `name`, or the first in `ALL` that will run the problem.
+def _reasons(backend: Backend, problem: Problem, hardware: Hardware, needs_grad: bool) -> tuple[str, ...]:
+    gradients = backend.why_not_gradients(problem, hardware) if needs_grad else ()
+    return backend.why_not(problem, hardware) + gradients
+
+
+def choose(problem: Problem, hardware: Hardware, name: str | None = None, *, needs_grad: bool = False) -> Backend:
+    """The backend called `name`, or the first in `ALL` that will run the problem, gradients included if needed.
 
     A name is never overruled: if that backend will not run, it is an error. Where none is given,
     the environment variable `VICINAL_BACKEND` may name one.
@@ -84,7 +93,7 @@ def choose(problem: Problem, hardware: Hardware, name: str | None = None) -> Bac
         InvalidProblem: if there is no backend of that name.
         Unsupported: if it (or every one) declines; the message gives each one's reasons.
     """
-    found = explain(problem, hardware, name)
+    found = explain(problem, hardware, name, needs_grad=needs_grad)
     if found.chosen is not None:
         return named(found.chosen)
     name = name or os.environ.get(VARIABLE)

@@ -45,8 +45,8 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """An implementation. Backends never import each other and never fall back on each other.
 
-    `why_not` is pure and gathers *all* reasons; an empty tuple means that `forward` and `backward`
-    will run. Outputs are contiguous. Both must compute strided inputs right.
+    `why_not` and `why_not_gradients` are pure and gather *all* reasons; an empty tuple means that
+    `forward`, or `backward`, will run. Outputs are contiguous. Both must compute strided inputs right.
     """
 
     @property
@@ -56,6 +56,10 @@ class Backend(Protocol):
 
     def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Every reason, as a sentence part, why this backend will not run the problem there."""
+        ...
+
+    def why_not_gradients(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        """Every reason why `backward` will not run, where `why_not` has none."""
         ...
 
     def tilings(self, problem: Problem, hardware: Hardware) -> Iterable[Tiling]:

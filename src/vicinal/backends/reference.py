@@ -86,6 +86,9 @@ class Reference:
     def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         return ()
 
+    def why_not_gradients(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        return ()
+
     def tilings(self, problem: Problem, hardware: Hardware) -> tuple[Tiling, ...]:
         """One tile: the whole grid."""
         return (Tiling(problem.shape, problem.shape, kv_origin="grid"),)

@@ -126,6 +126,8 @@ class Flex:
         from torch.nn.attention.flex_attention import flex_attention
 
         blocks = block_mask(problem, inputs.query.device)
+        # Each case's mask compiles anew, and after eight PyTorch would silently stop compiling.
+        torch.compiler.reset()
         compiled: Any = torch.compile(flex_attention, dynamic=False)
 
         def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

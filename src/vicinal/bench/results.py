@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime
-import os
+import io
 import platform
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vicinal._files import write_whole
 from vicinal.errors import InvalidProblem
 
 PACKAGES = ("torch", "triton", "natten", "flash-attn")
@@ -120,17 +120,11 @@ def save(rows: list[Measurement], folder: Path | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     everything = (load(path) if path.exists() else []) + rows
     latest = {(row.device, row.case, row.backend, row.pass_): row for row in everything}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows([_text(getattr(row, field.name)) for field in fields(row)] for row in latest.values())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_text(getattr(row, field.name)) for field in fields(row)] for row in latest.values())
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
     return path
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vicinal._files import write_whole
 from vicinal.errors import Unsupported
-from vicinal.images import write_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

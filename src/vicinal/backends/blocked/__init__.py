@@ -89,6 +89,9 @@ class Blocked:
     def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         return ()
 
+    def why_not_gradients(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        return ()
+
     def tilings(self, problem: Problem, hardware: Hardware) -> tuple[Tiling, ...]:
         return default_tilings(problem)
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicinal.backends.base import Inputs, Output
+from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.hopper.cost import ranked_tilings
 from vicinal.backends.hopper.launch import ALIGNMENT, Launch, can_map, is_mappable, layouts_of
 from vicinal.backends.hopper.variant import variant_of
+from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -55,6 +56,9 @@ class Hopper:
         )
         return tuple(reason for holds, reason in facts if not holds)
 
+    def why_not_gradients(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        return ("computes no gradients yet",)
+
     def tilings(self, problem: Problem, hardware: Hardware) -> Iterable[Tiling]:
         """Tilings worth trying, the one with the least predicted time first."""
         return ranked_tilings(problem)
@@ -89,6 +93,11 @@ class Hopper:
         stream = torch._C._cuda_getCurrentRawStream(device)
         on_device(launch, device, addresses, lse.data_ptr(), 0 if lengths is None else lengths.data_ptr(), stream)
         return Output(out, lse)
+
+    def backward(
+        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
+        raise Unsupported("backend 'hopper' computes no gradients yet")
 
 
 def prepare(plan: Plan, tensors: list[Tensor], device: int) -> Launch:
