@@ -6,7 +6,8 @@ READY := .venv/.ready
 .PHONY: demo test check lint types unit bench clean
 
 demo: $(READY)
-	$(BIN)/vicinal demo --out out
+	mkdir -p out
+	$(BIN)/vicinal demo --out out/demo.png
 
 test: lint types unit
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vicinal._files import write_whole
+from vicinal.cli._demo_result import Result
 from vicinal.errors import Unsupported
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from vicinal.cli.demo import Result
 
 INK, SOFT, ACCENT = "#1b1f24", "#667079", "#D55E00"
 
