@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from vicinal.cli import _demo_figure
-from vicinal.cli._demo_result import CROP, DENSE_CROP, PATCH, REACH, Result, Row
+from vicinal.cli._demo_result import COMPONENTS, CROP, DENSE_CROP, PATCH, REACH, Result, Row
 from vicinal.cli._options import tiling_of
 from vicinal.denoise import STRENGTH, Features, denoise, estimate_sigma
 from vicinal.errors import InvalidProblem, Unsupported
