@@ -180,9 +180,8 @@ def test_a_failing_figure_leaves_nothing_and_spares_the_old(tmp_path, monkeypatc
     path = tmp_path / "plan.png"
     path.write_bytes(b"old")
 
-    def fail(self, name, **_):
-        with open(name, "wb") as file:
-            file.write(b"half")
+    def fail(self, file, **_):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", fail)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
-from vicinal.backends.blocked.chunks import Chunk, Views, scatter
+from vicinal.backends.blocked.chunks import Chunk, Views, scatter, scatter_add
 from vicinal.backends.blocked.threads import spread, workers_for
 from vicinal.backends.blocked.tiles import length
 from vicinal.backends.blocked.work import LN2, Pass, Run
@@ -140,7 +140,7 @@ class Backward(Pass):
             assert target is not None
             tensor = tensor.mul_(factor).view(len(boxes), *units, *tensor.shape[1:])
             if i < 2:
-                scatter(tensor, views.keys(target)[chunk.units], chunk.keys, boxes, add=True)
+                scatter_add(tensor, views.keys(target)[chunk.units], chunk.keys, boxes)
             else:
                 rank = len(chunk.units) - 2
                 folded = tensor.sum(dim=[0, *range(2, 2 + rank)])  # [B, Hkv, M, D]

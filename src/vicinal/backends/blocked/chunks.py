@@ -64,18 +64,46 @@ def gather(view: Tensor, rows: slice, boxes: Sequence[Slices], scratch: Scratch,
     shape = tuple(length(piece) for piece in (rows, *boxes[0]))
     lead = view.shape[: view.ndim - 1 - len(shape)]
     copy = scratch.take(name, len(boxes), *lead, *shape, view.shape[-1])
-    for target, box in zip(copy, boxes, strict=True):
-        target.copy_(view[(..., rows, *box, slice(None))])
+    for which, source in stretches(view, rows, boxes):
+        copy[which].copy_(source)
     return copy.view(len(boxes), *lead, shape[0], prod(shape[1:]), view.shape[-1])
 
 
-def scatter(copy: Tensor, view: Tensor, rows: slice, boxes: Sequence[Slices], *, add: bool = False) -> None:
-    """The way back: copy (or add) boxes into the view that they were gathered from."""
-    shape = tuple(length(piece) for piece in (rows, *boxes[0]))
-    for source, box in zip(copy, boxes, strict=True):
-        target = view[(..., rows, *box, slice(None))]
-        source = source.reshape(*source.shape[:-3], *shape, source.shape[-1])
-        target.add_(source) if add else target.copy_(source)
+def scatter(copy: Tensor, view: Tensor, rows: slice, boxes: Sequence[Slices]) -> None:
+    """The way back, into boxes that do not overlap."""
+    copy = _unfold(copy, rows, boxes[0])
+    for which, target in stretches(view, rows, boxes):
+        target.copy_(copy[which])
+
+
+def scatter_add(copy: Tensor, view: Tensor, rows: slice, boxes: Sequence[Slices]) -> None:
+    """Add to boxes that may overlap, one after the other."""
+    for source, box in zip(_unfold(copy, rows, boxes[0]), boxes, strict=True):
+        view[(..., rows, *box, slice(None))].add_(source)
+
+
+def _unfold(copy: Tensor, rows: slice, box: Slices) -> Tensor:
+    """`[.., rows, tokens across, D]` as `[.., rows, *across, D]`."""
+    return copy.reshape(*copy.shape[:-3], length(rows), *(length(piece) for piece in box), copy.shape[-1])
+
+
+def stretches(view: Tensor, rows: slice, boxes: Sequence[Slices]) -> Iterator[tuple[slice, Tensor]]:
+    """Views of boxes, `[boxes, .., rows, *across, D]`: as many at a time as lie at equal steps along the last axis.
+
+    One call for many boxes, since each call may have to wait for Python's lock.
+    """
+    first = 0
+    while first < len(boxes):
+        box = view[(..., rows, *boxes[first], slice(None))]
+        step, stop = 0, first + 1
+        while stop < len(boxes) and boxes[stop][:-1] == boxes[first][:-1]:
+            ahead = boxes[stop][-1].start - boxes[stop - 1][-1].start
+            if ahead < 0 or (stop > first + 1 and ahead != step):
+                break
+            step, stop = ahead, stop + 1
+        strides = (step * view.stride(-2), *box.stride())
+        yield slice(first, stop), box.as_strided((stop - first, *box.shape), strides, box.storage_offset())
+        first = stop
 
 
 def slices(shape: Sequence[int], most: int) -> Iterator[Slices]:
