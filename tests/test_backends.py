@@ -17,6 +17,8 @@ from torch import Tensor
 from vicinal import backends
 from vicinal.backends import blocked, reference
 from vicinal.backends.base import Backend, Gradients, Inputs, Output
+from vicinal.backends.blocked import chunks
+from vicinal.backends.blocked.backward import by_heads
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.functional import attention_with_lse
 from vicinal.hardware import Hardware
@@ -319,6 +321,26 @@ def test_workers_change_nothing_and_leave_the_thread_count_alone(batch: int, hea
             assert all(torch.equal(a, b) for a, b in zip(many, solve(threads), strict=True))
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@given(drawn=problems())
+def test_no_two_workers_add_to_one_head(workers: int, drawn: Problem):
+    cut = make_plan(drawn, blocked.backend.tilings(drawn, backends.present(CPU))[0])
+    with pytest.MonkeyPatch.context() as patch:
+        # Budgets so small that every unit falls into several chunks.
+        patch.setattr(chunks, "SCORES", 8)
+        patch.setattr(chunks, "KEYS", 64)
+        walked = list(blocked.Forward(cut, make_inputs(drawn, CPU, 0)).walk(workers))
+    for part in walked:
+        owners: dict[tuple[int, int], int] = {}
+        jobs = by_heads(part)
+        assert sum(map(len, jobs)) == len(part)
+        for number, job in enumerate(jobs):
+            for _, chunk in job:
+                rows, heads = (range(piece.start, piece.stop) for piece in (chunk.units[0], chunk.units[-1]))
+                for head in itertools.product(rows, heads):
+                    assert owners.setdefault(head, number) == number
 
 
 def test_the_environment_names_a_backend_and_a_call_overrules_it(monkeypatch: pytest.MonkeyPatch):

@@ -55,16 +55,24 @@ def backward(plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_
     )
     given = Given(output, grad_out, grad_lse)
     for part in workers[0].walk(count):
-        # Chunks that add to the same heads belong to one worker, in a fixed order: nobody waits, and bits repeat.
-        jobs: dict[str, list[tuple[Views, Chunk]]] = {}
-        for views, chunk in part:
-            jobs.setdefault(f"{chunk.units[0]} {chunk.units[-1]}", []).append((views, chunk))
-        spread(jobs.values(), [partial(worker.chunks, given, sums) for worker in workers[: len(jobs)]])
+        jobs = by_heads(part)
+        spread(jobs, [partial(worker.chunks, given, sums) for worker in workers[: len(jobs)]])
     for worker in workers:
         worker.scratch.keep()
     dk, dv, dak, dav = (None if grad is None else grad.to(inputs.query.dtype) for grad in sums.keys)
     assert dk is not None and dv is not None
     return Gradients(sums.query, dk, dv, dak, dav)
+
+
+def by_heads(part: Sequence[tuple[Views, Chunk]]) -> list[list[tuple[Views, Chunk]]]:
+    """Chunks that add to the same heads of the same batch rows belong together, in their order.
+
+    One worker each has them: nobody waits for another's sum, and bits repeat.
+    """
+    jobs: dict[str, list[tuple[Views, Chunk]]] = {}
+    for views, chunk in part:
+        jobs.setdefault(f"{chunk.units[0]} {chunk.units[-1]}", []).append((views, chunk))
+    return list(jobs.values())
 
 
 class Backward(Pass):
