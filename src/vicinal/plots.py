@@ -197,6 +197,8 @@ def _draw_fields(figure: Any, problem: Problem, queries: list[tuple[int, ...]]) 
 def _field(panel: Any, picture: Any, name: str, query: tuple[int, ...] | None) -> None:
     height, width = picture.shape[:2]
     panel.imshow(picture, interpolation="none")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     panel.set_title(name)
     if query is not None and max(height, width) > 64:
         # One token would be a pixel.
