@@ -323,6 +323,34 @@ def test_workers_change_nothing_and_leave_the_thread_count_alone(batch: int, hea
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_inference_and_training_take_turns(backend: str, threads: int):
+    tensor = torch.randn(2, 12, 14, 4, 8)
+
+    def infer() -> Tensor:
+        with torch.inference_mode():
+            return attention_with_lse(tensor, tensor, tensor, 5, backend=backend).out
+
+    def train() -> Tensor:
+        leaf = tensor.clone().requires_grad_()
+        out = attention_with_lse(leaf, leaf, leaf, 5, backend=backend).out
+        out.sum().backward()
+        assert leaf.grad is not None
+        return out.detach()
+
+    torch.set_num_threads(threads)
+    try:
+        chunks._KEPT.clear()  # so that each is once the first to make buffers
+        first = [infer(), train(), infer()]
+        chunks._KEPT.clear()
+        second = [train(), infer(), train()]
+    finally:
+        torch.set_num_threads(1)
+    for out in [*first, *second]:
+        torch.testing.assert_close(out.clone(), second[0])
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 @given(drawn=problems())
 def test_no_two_workers_add_to_one_head(workers: int, drawn: Problem):

@@ -45,7 +45,9 @@ class Scratch:
         """The buffer of that name, contiguous, with whatever it held. The last one taken by the name is gone."""
         size, key = prod(shape), f"{name} {self.dtype}"
         if key not in self.held or self.held[key].numel() < size:
-            self.held[key] = torch.empty(size, dtype=self.dtype, device=self.device)
+            # Not an inference tensor even in inference mode: a later call may write to it outside.
+            with torch.inference_mode(False):
+                self.held[key] = torch.empty(size, dtype=self.dtype, device=self.device)
         return self.held[key][:size].view(shape)
 
     def keep(self) -> None:
@@ -160,7 +162,7 @@ class Views:
 class Chunk:
     """Some units by some columns of equal shape by a slab of rows: what is gathered at a time.
 
-    `C` counts columns times units, `R` the query heads that read one key head times the tokens across.
+    `C` counts columns times units, `G` the query heads that read one key head.
     """
 
     part: Part

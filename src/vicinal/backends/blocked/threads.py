@@ -33,11 +33,13 @@ def spread(jobs: Iterable[Job], workers: list[Callable[[Job], None]]) -> None:
             workers[0](job)
         return
     threads, queue, lock = torch.get_num_threads(), iter(jobs), Lock()
+    inference = torch.is_inference_mode_enabled()
 
     def drain(worker: Callable[[Job], None]) -> None:
         torch.set_num_threads(max(threads // len(workers), 1))
-        # Gradients are the operator's affair, and whether they are recorded is a setting of each thread.
-        with torch.no_grad():
+        # Modes are settings of each thread: the caller's inference mode holds here too, and gradients are the
+        # operator's own affair. In this order, since leaving inference mode turns their recording on.
+        with torch.inference_mode(inference), torch.no_grad():
             while True:
                 with lock:
                     try:
