@@ -66,9 +66,6 @@ def test_random_problems_with_random_tilings_equal_the_oracle(seed: int):
             raise AssertionError(f"problem {number} of seed {seed}: {problem!r}, {tiling}: {error}") from error
 
 
-# ---- the laws bite ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Broken:
     """The reference backend with a mistake in it."""
@@ -243,9 +240,6 @@ def test_a_report_tells_what_broke_and_goes_on():
     good = check_backend(blocked.backend, laws=laws)
     assert good.holds
     assert str(good).endswith("every law holds")
-
-
-# ---- choosing ---------------------------------------------------------------------------------------
 
 
 def test_a_name_is_that_one_or_an_error():

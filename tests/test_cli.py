@@ -49,9 +49,6 @@ PAPER = ["30x48x80", "--kernel-size", "18x24x24", "--stride", "16x8x8"]
 TILES = ["--q-tile", "4x8x8", "--kv-tile", "2x8x8", "--kv-origin", "grid"]
 
 
-# ---- questions on paper ---------------------------------------------------------------------------------------
-
-
 def test_help_names_every_command():
     text = said("--help")
     for command in ["demo", "denoise", "explain", "plan", "simulate", "suggest", "check", "bench", "plot", "doctor"]:
@@ -137,9 +134,6 @@ def test_doctor_knows_the_versions():
     assert found["devices"][0]["backends"]["blocked"] == []
     assert torch.__version__ in said("doctor")
     assert said("--version").strip() == found["versions"]["vicinal"]
-
-
-# ---- things that run ------------------------------------------------------------------------------------------
 
 
 def test_check_says_which_laws_hold(monkeypatch: pytest.MonkeyPatch):
@@ -263,9 +257,6 @@ def test_demo_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     text = said("demo", "--out", tmp_path / "demo.png")
     assert "scikit-image" in text
     assert "Extrapolated" in text
-
-
-# ---- refusals -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,6 @@ def doubles(**changes: Any) -> dict[str, Any]:
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()} | changes
 
 
-# ---- answers ------------------------------------------------------------------------------------------
-
-
 @given(problems(most_tokens=60), seeds())
 def test_the_function_answers_the_problem_that_its_arguments_pose(problem: Problem, seed: int):
     inputs = make_inputs(problem, CPU, seed)
@@ -81,9 +78,6 @@ def test_one_key_is_its_value():
     out, lse = attention_with_lse(query, key, value, kernel_size=1)
     torch.testing.assert_close(out, value)
     torch.testing.assert_close(lse, (query * key).sum(-1) * 8**-0.5)
-
-
-# ---- gradients ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
@@ -128,9 +122,6 @@ def test_inputs_are_left_as_they_were():
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     neighborhood_attention(**tensors, kernel_size=3).sum().backward()
     assert all(torch.equal(tensors[name], was) for name, was in before.items())
-
-
-# ---- merging -------------------------------------------------------------------------------------------
 
 
 def split_attention(query: Tensor, key: Tensor, value: Tensor, *cuts: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -219,8 +210,6 @@ def test_merging_names_the_part_that_does_not_fit():
         merge_attentions([out, out], [lse, torch.zeros(1, 2, 3)])
 
 
-# ---- NATTEN's names -------------------------------------------------------------------------------------
-
 NATTEN = (
     "query", "key", "value", "kernel_size", "stride", "dilation", "is_causal", "scale", "additional_keys",
     "additional_values", "attention_kwargs", "backend", "q_tile_shape", "kv_tile_shape", "backward_q_tile_shape",
@@ -262,9 +251,6 @@ def test_natten_tiles_are_a_tiling_and_come_together():
     torch.testing.assert_close(tiled, na2d(query, key, value, 3))
     with refused("q_tile_shape and kv_tile_shape must come together, got (2, 3) and None"):
         na2d(query, key, value, 3, q_tile_shape=(2, 3))
-
-
-# ---- refusals ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,6 @@ def test_fractions_become_integers(kind: str, level: float):
     assert abs(int(image.pixels[0, 0]) - np.clip(level * limits.max, limits.min, limits.max)) <= 0.51
 
 
-# ---- refused --------------------------------------------------------------------------------------------------
-
-
 def make_bad(folder: Path) -> dict[str, Path]:
     """Files that are no pictures, each in its way."""
     (folder / "empty.png").touch()
@@ -186,9 +183,6 @@ def test_nifti(tmp_path: Path):
     found = read_image(tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(found.pixels, volume.pixels)
     np.testing.assert_array_equal(found.extras["affine"], volume.extras["affine"])
-
-
-# ---- whole or not at all --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt()])

@@ -36,9 +36,6 @@ def extra(length: int = 3) -> dict[str, Any]:
     return {"additional_keys": torch.zeros(2, length, 2, 8), "additional_values": torch.zeros(2, length, 2, 6)}
 
 
-# ---- what is accepted, and what becomes of it ----------------------------------------------------
-
-
 def test_tensors_pose_the_problem_that_their_shapes_say():
     problem = Problem.of(**tensors(stride=(1, 2), dilation=(1, 2), is_causal=(True, False), **extra()))
     assert problem == Problem(
@@ -126,9 +123,6 @@ def test_a_problem_prints_what_differs_from_the_plainest():
     assert str(Problem.grid((48, 40), 24)) == "48x40 grid, window 24x24"
     everything = Problem.grid((8, 9), 3, stride=(2, 1), dilation=(1, 2), is_causal=(False, True), additional=4)
     assert str(everything) == ("8x9 grid, window 3x3, stride 2x1, dilation 1x2, causal on axis 1, 4 additional keys")
-
-
-# ---- what is refused -------------------------------------------------------------------------------
 
 
 def test_a_window_that_does_not_fit_names_the_axis_and_the_numbers():

@@ -184,7 +184,6 @@ def test_estimate_carries_the_whole_model():
     assert simulate(plan, B200).end_to_end is None
 
 
-# ---------------------------------------------------------------------------------------------
 # Against dense masks built from the published rule, token by token and pair by pair.
 
 

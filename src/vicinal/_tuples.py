@@ -1,6 +1,6 @@
-"""The two helpers that every floor shares."""
+"""The three helpers that every floor shares."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vicinal.errors import InvalidProblem
@@ -9,6 +9,16 @@ from vicinal.errors import InvalidProblem
 def ceil_div(numerator: int, denominator: int) -> int:
     """Smallest integer not below the quotient."""
     return -(-numerator // denominator)
+
+
+def times(values: Iterable[int]) -> str:
+    """A shape as people write it.
+
+    Example:
+        >>> times((30, 48, 80))
+        '30x48x80'
+    """
+    return "x".join(str(value) for value in values)
 
 
 def canonical(value: Any, rank: int, name: str, kind: type = int) -> tuple[Any, ...]:

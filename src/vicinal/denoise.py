@@ -331,9 +331,6 @@ def _attend(
     return mean.movedim(-1, 0)
 
 
-# ---- what came ------------------------------------------------------------------------------------------------
-
-
 def _pixels(image: Any, channel_axis: int | None) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """The picture as float32 `[C, *S]`, and the way back to what it was."""
     is_tensor = isinstance(image, Tensor)

@@ -206,9 +206,6 @@ def _refuse_if_large(path: Path, values: int, limit: int) -> None:
         )
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------
-
-
 def _pillow() -> Any:
     try:
         for module in ("Image", "ImageOps", "ImageSequence"):
@@ -276,9 +273,6 @@ def _write_picture(path: Path, suffix: str, image: Image) -> None:
         options |= {"save_all": True, "append_images": files[1:]}
     kind = pillow.Image.registered_extensions()[suffix]
     write_whole(path, lambda file: files[0].save(file, format=kind, **options))
-
-
-# ---- volumes --------------------------------------------------------------------------------------------------
 
 
 def _read_numpy(path: Path, limit: int) -> Image:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vicinal._benchmark_chart import draw_times, read
 from vicinal._figure import FRAME, legend, save, title
+from vicinal._tuples import times
 from vicinal.errors import InvalidProblem
 from vicinal.plan import AxisPlan, Plan
 from vicinal.problem import Axis, Problem
@@ -134,9 +135,6 @@ def _comma(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
 
 
-# ---- windows --------------------------------------------------------------------------------------------------
-
-
 def _default_queries(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     places = [(0, 1), (1, 3), (1, 2)] if len(shape) > 1 else [(i, 8) for i in range(9)]
     return list(dict.fromkeys(tuple(min(n * a // b, n - 1) for n in shape) for a, b in places))
@@ -242,9 +240,6 @@ def _frame_windows(figure: Any, problem: Problem) -> None:
     legend(figure, {"query": QUERY, "shares its window": SHARED, "its keys": WINDOW, "other tokens": EMPTY})
 
 
-# ---- plans ----------------------------------------------------------------------------------------------------
-
-
 def _draw_axis(panel: Any, axis: AxisPlan, number: int) -> None:
     """Rows are query tiles, columns are keys; free origins are drawn where they are."""
     spans = [span for span in axis.spans if span.group == 0]
@@ -335,9 +330,6 @@ def _shrink(array: Array, shape: tuple[int, int]) -> Array:
     return result
 
 
-# ---- speed-ups ------------------------------------------------------------------------------------------------
-
-
 def _draw_heat_map(figure: Any, best: dict[tuple[tuple[int, ...], tuple[int, ...]], Estimate]) -> None:
     import numpy as np
 
@@ -359,8 +351,8 @@ def _draw_heat_map(figure: Any, best: dict[tuple[tuple[int, ...], tuple[int, ...
         if estimate.is_perfect:
             frame = {"fill": False, "edgecolor": FRAME, "linewidth": 2}
             panel.add_patch(_rectangle((column - 0.46, row - 0.43), 0.92, 0.86, **frame))
-    panel.set_xticks(range(len(strides)), ["x".join(map(str, stride)) for stride in strides])
-    panel.set_yticks(range(len(windows)), ["x".join(map(str, window)) for window in windows])
+    panel.set_xticks(range(len(strides)), [times(stride) for stride in strides])
+    panel.set_yticks(range(len(windows)), [times(window) for window in windows])
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     panel.set_xlabel("stride")

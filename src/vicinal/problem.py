@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from vicinal._tuples import canonical, ceil_div
+from vicinal._tuples import canonical, ceil_div, times
 from vicinal.errors import InvalidProblem
 from vicinal.window import window
 
@@ -257,11 +257,11 @@ class Problem:
         return math.prod(axis.pairs for axis in self.axes)
 
     def __str__(self) -> str:
-        parts = [f"{_times(self.shape)} grid, window {_times(self.kernel_size)}"]
+        parts = [f"{times(self.shape)} grid, window {times(self.kernel_size)}"]
         if set(self.stride) != {1}:
-            parts.append(f"stride {_times(self.stride)}")
+            parts.append(f"stride {times(self.stride)}")
         if set(self.dilation) != {1}:
-            parts.append(f"dilation {_times(self.dilation)}")
+            parts.append(f"dilation {times(self.dilation)}")
         if any(self.is_causal):
             parts.append("causal on axis " + " and ".join(str(i) for i, c in enumerate(self.is_causal) if c))
         if self.additional:
@@ -284,7 +284,7 @@ def _axes(
         try:
             axes.append(Axis(length, size, stride[i], dilation[i], is_causal[i]))
         except InvalidProblem as error:
-            raise InvalidProblem(f"axis {i} of {_times(shape)}: {error}") from None
+            raise InvalidProblem(f"axis {i} of {times(shape)}: {error}") from None
     return tuple(axes)
 
 
@@ -369,7 +369,3 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise InvalidProblem(f"{name} must be a finite number, got {value!r}") from None
-
-
-def _times(values: tuple[int, ...]) -> str:
-    return "x".join(str(value) for value in values)

@@ -10,7 +10,7 @@ from itertools import product
 from math import inf, lcm, log, prod
 from typing import Any, NamedTuple, overload
 
-from vicinal._tuples import canonical, ceil_div
+from vicinal._tuples import canonical, ceil_div, times
 from vicinal.errors import InvalidProblem
 from vicinal.hardware import Hardware
 from vicinal.plan import AxisPlan, make_plan
@@ -148,9 +148,6 @@ def _wanted(sparsity: float | None, speedup: float | None) -> float:
     raise InvalidProblem(f"give either sparsity (such as 0.9) or speedup (such as 8.0), got {given}")
 
 
-# ---- tiles ----------------------------------------------------------------------------------------------------
-
-
 def _tilings(grid: tuple[int, ...], hardware: Hardware, head_dim: int, itemsize: int) -> Iterator[Tiling]:
     q_volume, kv_volume = _volumes(hardware, head_dim, itemsize)
     for q_tile, kv_tile in product(_shapes(grid, q_volume), _shapes(grid, kv_volume)):
@@ -174,9 +171,6 @@ def _shapes(grid: tuple[int, ...], volume: int) -> list[tuple[int, ...]]:
     volume = min(volume, prod(axis[-1] for axis in sides))
     boxes = [box for box in product(*sides) if prod(box) == volume]
     return sorted(boxes, key=lambda box: (max(box) / min(box), box))[:_SHAPES]
-
-
-# ---- one axis -------------------------------------------------------------------------------------------------
 
 
 class _Choice(NamedTuple):
@@ -233,9 +227,6 @@ def _strides(window: int, q_tile: int) -> list[int]:
         return list(range(1, window + 1))
     powers = (2**power for power in range(window.bit_length()))
     return sorted({*powers, *range(q_tile, min(window, _ALL * q_tile) + 1, q_tile), window})
-
-
-# ---- all axes -------------------------------------------------------------------------------------------------
 
 
 class _Option(NamedTuple):
@@ -305,14 +296,11 @@ def _best(wish: _Wish, tilings: tuple[Tiling, ...], count: int) -> list[_Option]
     return heapq.nsmallest(count, (option for group in kept.values() for option in group), key=lambda o: o.rank)
 
 
-# ---- printing -------------------------------------------------------------------------------------------------
-
-
 def _row(estimate: Estimate) -> tuple[str, ...]:
     problem, tiling = estimate.problem, estimate.plan.tiling
     shapes = (problem.kernel_size, problem.stride, tiling.q_tile, tiling.kv_tile)
     return (
-        *("x".join(map(str, shape)) for shape in shapes),
+        *(times(shape) for shape in shapes),
         f"{estimate.sparsity:.1%}",
         # Dense attention may pad its tiles even more than this plan; that part of a speed-up is nothing to show.
         f"{min(estimate.speedup.worst_tile, estimate.speedup.flop_wise):.2f}x",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from vicinal._tuples import times
 from vicinal.errors import InvalidProblem
 
 
@@ -37,5 +38,4 @@ class Tiling:
             raise InvalidProblem(f'kv_origin must be "free" or "grid", got {self.kv_origin!r}')
 
     def __str__(self) -> str:
-        q_tile, kv_tile = ("x".join(str(n) for n in tile) for tile in (self.q_tile, self.kv_tile))
-        return f"query tiles {q_tile}, KV tiles {kv_tile}, {self.kv_origin} origin"
+        return f"query tiles {times(self.q_tile)}, KV tiles {times(self.kv_tile)}, {self.kv_origin} origin"

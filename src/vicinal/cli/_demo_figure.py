@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vicinal._files import write_whole
+from vicinal._tuples import times
 from vicinal.cli._demo_result import Result
 from vicinal.errors import Unsupported
 
@@ -127,7 +128,7 @@ def _headline(result: Result) -> str:
 
 
 def _footnote(result: Result) -> str:
-    size = "x".join(map(str, result.shape[:2]))
+    size = times(result.shape[:2])
     return (
         f"{result.picture} ({size}) with Gaussian noise of {result.sigma:g} of full range; the framed part is enlarged "
         f"below. Same patches and search windows, one pass, one thread. "

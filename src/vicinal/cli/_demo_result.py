@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vicinal._tuples import times
 from vicinal.cli._console import say, table
 from vicinal.simulate import Estimate
 
@@ -81,7 +82,7 @@ class Result:
         """Print it."""
         assert self.estimate is not None
         theirs, ours = self.rows[0], self.rows[-2]
-        size = "x".join(map(str, self.shape))
+        size = times(self.shape)
         rows = [("(noisy)", "", f"{self.noisy_psnr:.2f}", "", "")]
         rows += [
             (

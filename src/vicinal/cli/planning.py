@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vicinal._tuples import times
 from vicinal.cli._console import Json, say, say_json, table
 from vicinal.cli._options import (
     Backend,
@@ -135,10 +136,6 @@ def suggest(
     ]
     columns = ("window", "stride", "query tile", "KV tile", "sparsity", "speed-up", "bound", "roofline", "block-sparse")
     table(found.wish, columns, rows, numbers=(4, 5, 6, 7))
-
-
-def times(values: tuple[int, ...]) -> str:
-    return "x".join(map(str, values))
 
 
 def facts(problem: "Problem") -> dict[str, Any]:

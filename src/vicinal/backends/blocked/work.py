@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,25 +72,33 @@ class Pass:
                 runs.append(Run(chunk.run_of_keys(keys, piece), chunk.run_of_keys(values, piece), part))
             yield row, [*runs, *extra]
 
-    def additional(self, views: Views, chunk: Chunk) -> list[Run]:
-        """The additional keys of a chunk's units, repeated for its columns: there are few of them."""
+    @cached_property
+    def valid_additional(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Additional keys and values, zero beyond their lengths, and the mask of those, `[B, M]`."""
         keys, values, lengths = self.inputs[3:]
         if keys is None or values is None or keys.shape[1] == 0:
+            return None
+        if lengths is None:
+            return keys, values, None
+        beyond = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
+        mask = torch.zeros(beyond.shape, dtype=self.dtype, device=keys.device).masked_fill_(beyond, -torch.inf)
+        # What lies beyond a length may hold anything; 0 * inf would still be heard.
+        keys, values = (tensor.masked_fill(beyond[:, :, None, None], 0) for tensor in (keys, values))
+        return keys, values, mask
+
+    def additional(self, views: Views, chunk: Chunk) -> list[Run]:
+        """The additional keys of a chunk's units, repeated for its columns: there are few of them."""
+        if self.valid_additional is None:
             return []
+        keys, values, mask = self.valid_additional
 
         def repeat(tensor: Tensor) -> Tensor:
             piece = views.additional(tensor)[chunk.units].to(self.dtype)
             return piece.expand(len(chunk.columns), *piece.shape).flatten(0, -3)
 
-        mask = None
-        if lengths is not None:
-            valid = torch.arange(keys.shape[1], device=keys.device) < lengths[:, None]
-            hidden = torch.zeros(valid.shape, dtype=self.dtype, device=keys.device).masked_fill_(~valid, -torch.inf)
-            units = views.additional(hidden[:, :, None, None].expand(-1, -1, keys.shape[2], -1))[chunk.units]
+        if mask is not None:
+            units = views.additional(mask[:, :, None, None].expand(-1, -1, keys.shape[2], -1))[chunk.units]
             mask = units.flatten(0, -3)[None, :, None, None, :, 0]
-            # What lies beyond a length may hold anything; 0 * inf would still be heard.
-            keys = keys.masked_fill(~valid[:, :, None, None], 0)
-            values = values.masked_fill(~valid[:, :, None, None], 0)
         return [Run(repeat(keys), repeat(values), mask)]
 
     def scores(self, q: Tensor, run: Run, columns: int) -> Tensor:

@@ -15,9 +15,6 @@ wait_for_warps = getattr(gl, "barrier", None) or gl.thread_barrier  # likewise
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
-# ---- where a tile is -------------------------------------------------------------------------
-
-
 class Span(NamedTuple):
     """One query tile along one axis, and the KV boxes that it visits; positions count members of its group.
 
@@ -199,9 +196,6 @@ def next_slot(slot, phase, SLOTS: gl.constexpr):
     slot = slot + 1
     wrap = slot == SLOTS
     return gl.where(wrap, 0, slot), gl.where(wrap, phase ^ 1, phase)
-
-
-# ---- moving boxes ----------------------------------------------------------------------------
 
 
 @gluon.jit
