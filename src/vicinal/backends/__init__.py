@@ -13,11 +13,12 @@ import torch
 
 from vicinal.backends import blocked, hopper, reference
 from vicinal.backends.base import Backend
+from vicinal.backends.blocked import fused
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.hardware import KNOWN, Hardware
 from vicinal.problem import Problem
 
-ALL: tuple[Backend, ...] = (hopper.backend, blocked.backend, reference.backend)
+ALL: tuple[Backend, ...] = (hopper.backend, fused.backend, blocked.backend, reference.backend)
 
 VARIABLE = "VICINAL_BACKEND"
 """The one environment variable: a backend's name, used where a call names none."""
@@ -65,6 +66,7 @@ def explain(
     Example:
         >>> print(explain(Problem.grid((8, 12), kernel_size=3), Hardware.named("a100-80gb")))
         hopper     no   needs sm_90, this is cuda sm_80
+        fused      no   runs on CPUs only, this is cuda
         blocked    yes  <- chosen
         reference  yes
     """

@@ -59,7 +59,10 @@ class Ours:
         return self.backend.name
 
     def why_not(self, problem: Problem, device: torch.device, what: str) -> tuple[str, ...]:
-        reasons = self.backend.why_not(problem, backends.present(device))
+        hardware = backends.present(device)
+        reasons = self.backend.why_not(problem, hardware)
+        if what != FORWARD:
+            reasons += self.backend.why_not_gradients(problem, hardware)
         if self.name == "reference" and problem.tokens > 4096:
             reasons += (f"holds {problem.tokens}^2 scores at once",)
         return reasons

@@ -1,4 +1,4 @@
-"""Batched tiles in plain PyTorch, forward and backward: any device PyTorch has, the default on CPUs.
+"""Batched tiles in plain PyTorch, forward and backward: any device PyTorch has, what trains on CPUs.
 
 A *unit* is one key/value head of one batch row in one dilation group: an undilated grid of its own.
 Axis 0 of a unit is cut into *rows* of query tiles, the other axes into *columns* of them. The keys
@@ -52,18 +52,18 @@ class Forward(Pass):
         q = chunk.gather_queries(views.queries(self.inputs.query), self.scratch, "q")
         o = self.scratch.take("o", *q.shape[:-1], self.plan.problem.head_dim_v)
         sums = self.scratch.take("lse", *q.shape[:-1], 1)
-        for row, runs in self.rows(views, chunk):
-            weighted, total, top = self.attend(chunk.row_of_queries(q, row), runs, len(chunk.columns))
-            target = chunk.piece(o, row)
+        for band, runs in self.bands(views, chunk):
+            weighted, total, top = self.attend(chunk.batch_of_queries(q, band), runs, len(chunk.columns))
+            target = chunk.piece(o, band)
             torch.div(weighted.view(target.shape), total.view(*target.shape[:-1], 1), out=target)
-            target = chunk.piece(sums, row)
+            target = chunk.piece(sums, band)
             torch.add(top.view(target.shape), total.log2_().view(target.shape), out=target)
         boxes = [column.queries for column in chunk.columns]
         scatter(o, views.queries(out)[chunk.units], chunk.queries, boxes)
         scatter(sums.mul_(LN2), views.queries(lse)[chunk.units], chunk.queries, boxes)
 
     def attend(self, q: Tensor, runs: Sequence[Run], columns: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of weighted values `[C, rows, Dv]`, sum of weights, and log2 of what divides both, `[C, rows, 1]`."""
+        """Sum of weighted values `[C, queries, Dv]`, sum of weights, log2 of what divides both, `[C, queries, 1]`."""
         s = self.scores(q, runs[0], columns)
         # A row may have no key in a run: keep its maximum finite, so that -inf - top stays -inf.
         top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)

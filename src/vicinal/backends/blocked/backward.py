@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
-from vicinal.backends.blocked.chunks import Chunk, Views, scatter, scatter_add
+from vicinal.backends.blocked.chunks import Band, Chunk, Views, scatter, scatter_add
 from vicinal.backends.blocked.threads import spread, workers_for
 from vicinal.backends.blocked.tiles import length
 from vicinal.backends.blocked.work import LN2, Pass, Run
@@ -101,26 +101,37 @@ class Backward(Pass):
         lse = take(given.output.lse[..., None], "lse").div_(LN2)
         grad_q = self.scratch.take("dq", *q.shape)
         sums = self.zero_sums(chunk)
-        for row, runs in self.rows(views, chunk):
-            queries = Queries(*(chunk.row_of_queries(tensor, row) for tensor in (q, do, delta, lse)))
-            boxes = [chunk.run_of_keys(tensor, piece) for piece in chunk.runs(row) for tensor in sums[:2]]
-            targets = [*boxes, *sums[2:]]
+        for band, runs in self.bands(views, chunk):
+            queries = Queries(*(chunk.batch_of_queries(tensor, band) for tensor in (q, do, delta, lse)))
+            targets = self.targets(chunk, band, sums)
             grad = self.scratch.take("dq row", *queries.q.shape).zero_()
             for run, dk, dv in zip(runs, targets[::2], targets[1::2], strict=True):
                 self.tile(queries, run, len(chunk.columns), grad, dk, dv)
-            target = chunk.piece(grad_q, row)
+            target = chunk.piece(grad_q, band)
             torch.mul(grad.view(target.shape), self.plan.problem.scale, out=target)
         boxes = [column.queries for column in chunk.columns]
         scatter(grad_q, views.queries(gradients.query)[chunk.units], chunk.queries, boxes)
         self.collect(views, chunk, sums, gradients.keys)
 
-    def tile(self, queries: Queries, run: Run, columns: int, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add `ds k`, `ds^T q` and `p^T do` of one row and one run of keys."""
+    def targets(self, chunk: Chunk, band: Band, sums: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Where the keys' and values' gradients of each run go, in turn: a view for each row, since rows overlap."""
+
+        def along(piece: slice, tensor: Tensor) -> list[Tensor]:
+            starts = [piece.start + i * band.step for i in range(len(band.rows))]
+            return [chunk.run_of_keys(tensor, slice(start, start + length(piece))) for start in starts]
+
+        boxes = [along(piece, tensor) for piece in chunk.runs(band) for tensor in sums[:2]]
+        return [*boxes, *([tensor] * len(band.rows) for tensor in sums[2:])]
+
+    def tile(
+        self, queries: Queries, run: Run, columns: int, dq: Tensor, dk: Sequence[Tensor], dv: Sequence[Tensor]
+    ) -> None:
+        """Add `ds k`, `ds^T q` and `p^T do` of some rows and one run of keys."""
         q, do, delta, lse = queries
         p = self.scores(q, run, columns).sub_(lse).exp2_()
-        dv.add_(torch.bmm(p.transpose(1, 2), do, out=self.scratch.take("dv row", *run.v.shape)))
+        add_rows(torch.bmm(p.transpose(1, 2), do, out=self.scratch.take("dv row", *run.v.shape)), dv)
         ds = torch.bmm(do, run.v.transpose(1, 2), out=self.scratch.take("ds", *p.shape)).sub_(delta).mul_(p)
-        dk.add_(torch.bmm(ds.transpose(1, 2), q, out=self.scratch.take("dk row", *run.k.shape)))
+        add_rows(torch.bmm(ds.transpose(1, 2), q, out=self.scratch.take("dk row", *run.k.shape)), dk)
         dq.baddbmm_(ds, run.k)
 
     def zero_sums(self, chunk: Chunk) -> list[Tensor]:
@@ -153,3 +164,9 @@ class Backward(Pass):
                 rank = len(chunk.units) - 2
                 folded = tensor.sum(dim=[0, *range(2, 2 + rank)])  # [B, Hkv, M, D]
                 target.transpose(1, 2)[chunk.units[0], chunk.units[-1]] += folded
+
+
+def add_rows(source: Tensor, targets: Sequence[Tensor]) -> None:
+    """Add `[C * rows, keys, D]` to a `[C, keys, D]` for each row."""
+    for target, rows in zip(targets, source.view(-1, len(targets), *source.shape[1:]).unbind(1), strict=True):
+        target.add_(rows)

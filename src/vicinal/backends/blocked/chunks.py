@@ -20,6 +20,9 @@ SCORES = 2**18
 KEYS = 2**22
 """Elements of gathered keys and values held at a time, likewise: about the last-level cache."""
 
+SHARES = 2
+"""Chunks for each worker, if there are rows enough: the last ones to finish should not wait long."""
+
 KEEP = 2**26
 """Bytes of buffers that a worker leaves to the next call, at most."""
 
@@ -158,6 +161,18 @@ class Views:
         return tensor[(slice(None), *[None] * len(groups))].expand(tensor.shape[0], *groups, *tensor.shape[1:])
 
 
+@dataclass(frozen=True)
+class Band:
+    """Rows that are computed at a time: as long as each other, of one pattern, their keys at equal steps."""
+
+    rows: tuple[Tile, ...]
+
+    @property
+    def step(self) -> int:
+        """From one row's keys to the next one's."""
+        return self.rows[-1].keys.start - self.rows[-2].keys.start if len(self.rows) > 1 else 0
+
+
 @dataclass
 class Chunk:
     """Some units by some columns of equal shape by a slab of rows: what is gathered at a time.
@@ -170,6 +185,8 @@ class Chunk:
     columns: Sequence[Column]
     rows: Sequence[Tile]
     run: int
+    together: int
+    """Rows that are computed at a time. More than one only where `C` is 1: a batch has one step in memory."""
 
     @property
     def queries(self) -> slice:
@@ -188,19 +205,43 @@ class Chunk:
         copy = gather(view[self.units], self.keys, [column.keys for column in self.columns], scratch, name)
         return copy.flatten(0, -4)
 
-    def row_of_queries(self, gathered: Tensor, row: Tile) -> Tensor:
-        """`[C, queries, D]`: in place, but where several query heads read one key head."""
-        return self.piece(gathered, row).flatten(-4, -2).flatten(0, -3)
+    @property
+    def bands(self) -> Iterator[Band]:
+        """The rows in their order, as many at a time as `together` allows and lie at equal steps."""
+        first = 0
+        while first < len(self.rows):
+            stop = first + 1
+            while stop < min(first + self.together, len(self.rows)) and _continues(self.rows[first : stop + 1]):
+                stop += 1
+            yield Band(tuple(self.rows[first:stop]))
+            first = stop
 
-    def piece(self, gathered: Tensor, row: Tile) -> Tensor:
-        """View of one row of what was gathered for queries, its axes kept: `[columns, *units, G, rows, across, D]`."""
-        start = row.queries.start - self.queries.start
-        return gathered[..., start : start + length(row.queries), :, :]
+    def batch_of_queries(self, gathered: Tensor, band: Band) -> Tensor:
+        """`[C * rows, queries, D]`: in place, but where several query heads read one key head."""
+        return self.piece(gathered, band).flatten(-4, -2).flatten(0, -3)
 
-    def runs(self, row: Tile) -> list[slice]:
-        """The keys of a row along axis 0, at most `run` at a time."""
-        starts = range(row.keys.start, row.keys.stop, self.run)
-        return [slice(start, min(start + self.run, row.keys.stop)) for start in starts]
+    def piece(self, gathered: Tensor, band: Band) -> Tensor:
+        """View of what was gathered for some rows' queries: `[columns, *units, rows, G, queries, across, D]`."""
+        start = band.rows[0].queries.start - self.queries.start
+        tall = length(band.rows[0].queries)
+        some = gathered[..., start : start + tall * len(band.rows), :, :]
+        return some.unflatten(-3, (len(band.rows), tall)).movedim(-4, -5)
+
+    def runs(self, band: Band) -> list[slice]:
+        """The keys of the band's first row along axis 0, at most `run` at a time."""
+        keys = band.rows[0].keys
+        starts = range(keys.start, keys.stop, self.run)
+        return [slice(start, min(start + self.run, keys.stop)) for start in starts]
+
+    def batch_of_keys(self, gathered: Tensor, band: Band, piece: slice) -> Tensor:
+        """`[C * rows, keys, D]`, in place."""
+        return self.rows_of_keys(gathered, band, piece).flatten(0, 1)
+
+    def rows_of_keys(self, gathered: Tensor, band: Band, piece: slice) -> Tensor:
+        """`[C, rows, keys, D]`, in place: the runs of neighboring rows overlap."""
+        run = self.run_of_keys(gathered, piece)
+        strides = (run.stride(0), band.step * gathered.stride(1), *run.stride()[1:])
+        return run.as_strided((len(run), len(band.rows), *run.shape[1:]), strides, run.storage_offset())
 
     def run_of_keys(self, gathered: Tensor, piece: slice) -> Tensor:
         """`[C, keys, D]`, in place."""
@@ -208,8 +249,17 @@ class Chunk:
         return gathered[:, start : start + length(piece)].flatten(1, 2)
 
 
+def _continues(rows: Sequence[Tile]) -> bool:
+    """Whether the last of these rows is like the first, and as far from the one before as the second is."""
+    (first, second), (before, last) = rows[:2], rows[-2:]
+    return (last.pattern, length(last.keys)) == (
+        first.pattern,
+        length(first.keys),
+    ) and last.keys.start - before.keys.start == second.keys.start - first.keys.start
+
+
 def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int, workers: int = 1) -> Iterator[Chunk]:
-    """Cut a part into chunks whose scores and keys fit the budgets, with units for every worker if possible.
+    """Cut a part into chunks whose scores and keys fit the budgets, with some for every worker if possible.
 
     Args:
         units: `(B, *groups, Hkv)`, the axes of units.
@@ -227,9 +277,14 @@ def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int, 
         # Units are the first to go where keys would not fit: short slabs gather their overlap twice.
         whole = count * width * across * part.lengths[0]
         most = max(min(batch // count, KEYS // whole, ceil_div(prod(units), workers)), 1)
+        if count == 1 and len(part.rows) >= batch:
+            most = 1  # A long single column: a batch of its rows needs fewer and longer calls.
         slab = max((KEYS // (whole // part.lengths[0] * most) - box) // tall, ceil_div(box, tall), 1)
+        pieces = ceil_div(len(alike), count) * ceil_div(prod(units), most)
+        slab = min(slab, ceil_div(len(part.rows), ceil_div(SHARES * workers, pieces)))
         for at in range(0, len(alike), count):
             batched = alike[at : at + count]
             for some in slices(units, most):
+                together = batch if len(batched) * prod(length(piece) for piece in some) == 1 else 1
                 for first in range(0, len(part.rows), slab):
-                    yield Chunk(part, some, batched, part.rows[first : first + slab], run)
+                    yield Chunk(part, some, batched, part.rows[first : first + slab], run, together)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Inputs
-from vicinal.backends.blocked.chunks import Chunk, Scratch, Views, chunks
+from vicinal.backends.blocked.chunks import Band, Chunk, Scratch, Views, chunks
 from vicinal.backends.blocked.masks import Masks
-from vicinal.backends.blocked.tiles import Tile, length, parts
+from vicinal.backends.blocked.tiles import length, parts
 from vicinal.plan import Plan
 
 LN2 = math.log(2)
@@ -23,9 +23,29 @@ LN2 = math.log(2)
 class Run:
     """Keys and values that all queries of a row meet, and the mask between them, if one is needed."""
 
-    k: Tensor  # [C, keys, D]
-    v: Tensor  # [C, keys, Dv]
+    k: Tensor  # [C * rows, keys, D]
+    v: Tensor  # [C * rows, keys, Dv]
     mask: Tensor | None  # [columns, 1 or units.., 1, queries or 1, keys]
+
+    def repeated(self, rows: int) -> Run:
+        """The same keys for each of some rows."""
+        if rows == 1:
+            return self
+        return Run(self.k.expand(rows, -1, -1), self.v.expand(rows, -1, -1), self.mask)
+
+
+def valid_additional(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Additional keys and values, zero beyond their lengths, and the mask of those, `[B, M]`; or `None` of them."""
+    keys, values, lengths = inputs[3:]
+    if keys is None or values is None or keys.shape[1] == 0:
+        return None
+    if lengths is None:
+        return keys, values, None
+    beyond = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
+    mask = torch.zeros(beyond.shape, dtype=dtype, device=keys.device).masked_fill_(beyond, -torch.inf)
+    # What lies beyond a length may hold anything; 0 * inf would still be heard.
+    keys, values = (tensor.masked_fill(beyond[:, :, None, None], 0) for tensor in (keys, values))
+    return keys, values, mask
 
 
 @dataclass
@@ -55,36 +75,28 @@ class Pass:
             width, run = problem.head_dim + problem.head_dim_v, self.plan.tiling.kv_tile[0]
             yield [(views, chunk) for chunk in chunks(part, units, self.groups, width, run, workers)]
 
-    def rows(self, views: Views, chunk: Chunk) -> Iterator[tuple[Tile, list[Run]]]:
-        """Each row of a chunk with the runs of keys that it meets: its box, cut along axis 0, and the additional keys.
+    def bands(self, views: Views, chunk: Chunk) -> Iterator[tuple[Band, list[Run]]]:
+        """The rows of a chunk with the runs of keys that they meet: a box cut along axis 0, and the additional keys.
 
         Runs are views of what was gathered, in the order of `Chunk.runs`.
         """
         keys = chunk.gather_keys(views.keys(self.inputs.key), self.scratch, "keys")
         values = chunk.gather_keys(views.keys(self.inputs.value), self.scratch, "values")
         extra = self.additional(views, chunk)
-        for row in chunk.rows:
-            across, mask = keys.shape[2], self.masks.chunk(row, chunk.columns)
+        for band in chunk.bands:
+            row, across = band.rows[0], keys.shape[2]
+            mask = self.masks.chunk(row, chunk.columns)
             runs: list[Run] = []
-            for piece in chunk.runs(row):
+            for piece in chunk.runs(band):
                 start = (piece.start - row.keys.start) * across
                 part = None if mask is None else mask[..., start : start + length(piece) * across]
-                runs.append(Run(chunk.run_of_keys(keys, piece), chunk.run_of_keys(values, piece), part))
-            yield row, [*runs, *extra]
+                k, v = (chunk.batch_of_keys(tensor, band, piece) for tensor in (keys, values))
+                runs.append(Run(k, v, part))
+            yield band, [*runs, *(run.repeated(len(band.rows)) for run in extra)]
 
     @cached_property
     def valid_additional(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Additional keys and values, zero beyond their lengths, and the mask of those, `[B, M]`."""
-        keys, values, lengths = self.inputs[3:]
-        if keys is None or values is None or keys.shape[1] == 0:
-            return None
-        if lengths is None:
-            return keys, values, None
-        beyond = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
-        mask = torch.zeros(beyond.shape, dtype=self.dtype, device=keys.device).masked_fill_(beyond, -torch.inf)
-        # What lies beyond a length may hold anything; 0 * inf would still be heard.
-        keys, values = (tensor.masked_fill(beyond[:, :, None, None], 0) for tensor in (keys, values))
-        return keys, values, mask
+        return valid_additional(self.inputs, self.dtype)
 
     def additional(self, views: Views, chunk: Chunk) -> list[Run]:
         """The additional keys of a chunk's units, repeated for its columns: there are few of them."""
@@ -102,7 +114,7 @@ class Pass:
         return [Run(repeat(keys), repeat(values), mask)]
 
     def scores(self, q: Tensor, run: Run, columns: int) -> Tensor:
-        """Scores in log2, `[C, G * queries, keys]`, -inf where a key is hidden."""
+        """Scores in log2, `[C * rows, G * queries, keys]`, -inf where a key is hidden."""
         s = self.scratch.take("scores", *q.shape[:2], run.k.shape[1])
         s.baddbmm_(q, run.k.transpose(1, 2), beta=0, alpha=self.log2_scale)
         if run.mask is not None:
