@@ -14,7 +14,9 @@ from torch import Tensor
 
 from vicinal.backends.base import Inputs
 from vicinal.bench import run as harness
-from vicinal.bench.contenders import BLOCK, Contender, Dense, block_mask, contenders, mask_mod
+from vicinal.bench.contender import Call, Contender
+from vicinal.bench.contenders import MOST_DENSE_OPERATIONS, Dense, contenders
+from vicinal.bench.flex import BLOCK, FlexTiled, block_mask, mask_mod, sorted_tokens, tiled_block_mask, tiles
 from vicinal.bench.results import COLUMNS, Measurement, load, save
 from vicinal.bench.run import Effort, run, useful_flops
 from vicinal.bench.specs import BOTH, FORWARD, SUITES, Spec, suite
@@ -50,7 +52,16 @@ class CheatBackward(Cheat):
         def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return right(query, key, (value + value.detach()) / 2)
 
-        return call
+        return Call(call)
+
+
+class Broken(Cheat):
+    """Another library that does not work here."""
+
+    name = "broken"
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> Any:
+        raise OSError("no such kernel\nand a long story")
 
 
 def test_a_run_measures_every_pass_of_everyone_asked_for():
@@ -83,6 +94,40 @@ def test_who_is_wrong_gets_no_time_and_no_speedup(cheat: Contender, monkeypatch:
     assert speedup(wrong, base) is None
     assert speedup(replace(wrong, milliseconds=1.0), base) is None
     assert speedup(base, replace(wrong, milliseconds=1.0)) is None
+
+
+def test_a_peer_that_fails_is_left_out_with_a_warning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(harness, "contenders", lambda only=(): (Broken(), *contenders(("blocked",))))
+    with pytest.warns(UserWarning, match=r"^broken is left out of tiny, forward.*: OSError: no such kernel$"):
+        rows = run((SPEC,), effort=QUICK)
+    assert [row.backend for row in rows] == ["blocked", "blocked"]
+
+
+def test_each_pass_is_recorded_as_soon_as_it_is_measured():
+    recorded: list[list[Measurement]] = []
+    steps: list[int] = []
+    rows = run(
+        (SPEC,),
+        only=("blocked",),
+        effort=QUICK,
+        progress=lambda *step: steps.append(len(recorded)),
+        record=recorded.append,
+    )
+    assert steps == [0, 1]
+    assert [row for some in recorded for row in some] == rows
+
+
+def test_dense_attention_is_not_asked_for_what_takes_seconds():
+    asked = {
+        spec.name: not contender.why_not(spec.problem, torch.device("cuda"), FORWARD)
+        for contender in contenders(("dense",))
+        for spec in suite("h100-forward")
+    }
+    assert [name for name, runs in asked.items() if not runs] == ["LTX stage 4", "LTX stage 5"]
+    million = Problem.grid((10**6,), 5, heads=8)
+    reasons = ("all pairs of 1000000 tokens take 2.0e+15 operations",)
+    assert Dense().why_not(million, torch.device("cpu"), FORWARD) == reasons
+    assert MOST_DENSE_OPERATIONS < 2.0e15
 
 
 def test_nan_is_wrong():
@@ -136,6 +181,47 @@ def test_flex_gets_the_same_mask(problem: Problem):
     ):
         for row in range(len(wanted)):
             assert sorted(indices[0, 0, row, : counts[0, 0, row]].tolist()) == wanted[row].nonzero()[:, 0].tolist()
+
+
+SORTED = [
+    Problem.grid((300,), 40, stride=7),
+    Problem.grid((19, 37), (5, 6), dilation=(3, 1), is_causal=(False, True)),
+    Problem.grid((4, 9, 31), (2, 3, 8), stride=(1, 2, 1), dilation=(1, 1, 3), is_causal=(True, False, False)),
+]
+
+
+@pytest.mark.parametrize("problem", SORTED, ids=str)
+def test_sorted_tokens_get_the_same_mask(problem: Problem):
+    order = sorted_tokens(problem, tiles(problem), torch.device("cpu"))
+    assert torch.equal(order.tokens[order.places], torch.arange(problem.tokens))
+    blocks, n = tiled_block_mask(order), len(order.tokens)
+    token = torch.arange(n)
+    seen = blocks.mask_mod(torch.tensor(0), torch.tensor(0), token[:, None], token[None, :])
+    firsts: dict[int, int] = {}
+    for place, at in enumerate(order.tokens.tolist()):
+        firsts.setdefault(at, place)  # copies of a token that fill a tile come after it
+    real = torch.tensor([firsts[at] for at in range(problem.tokens)])
+    padding = torch.ones(n, dtype=torch.bool)
+    padding[real] = False
+    assert not seen[:, padding].any()
+    assert torch.equal(seen[real][:, real], mask(problem))
+    assert torch.equal(seen[order.places][:, real], mask(problem))
+    found = seen.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2).flatten(2)
+    for counts, indices, wanted in (
+        (blocks.kv_num_blocks, blocks.kv_indices, found.any(2) & ~found.all(2)),
+        (blocks.full_kv_num_blocks, blocks.full_kv_indices, found.all(2)),
+    ):
+        for row in range(len(wanted)):
+            assert sorted(indices[0, 0, row, : counts[0, 0, row]].tolist()) == wanted[row].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("problem", SORTED, ids=str)
+def test_sorting_is_undone_and_not_timed(problem: Problem, monkeypatch: pytest.MonkeyPatch):
+    """What enters and leaves unchanged comes back in place."""
+    monkeypatch.setattr("vicinal.bench.flex.attention", lambda problem, blocks: lambda query, key, value: value)
+    value = torch.randn(1, *problem.shape, 2, 8)
+    call = FlexTiled().prepare(problem, Inputs(value, value, value))
+    assert torch.equal(call(value, value, value), value)
 
 
 def test_rows_survive_the_file(tmp_path: Path):

@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vicinal import backends
 from vicinal.backends.base import Backend, Inputs
-from vicinal.bench.specs import FORWARD
+from vicinal.bench.contender import Call, Contender
+from vicinal.bench.flex import Flex, FlexTiled
 from vicinal.functional import neighborhood_attention
-from vicinal.problem import Axis, Problem
-from vicinal.testing.truth import mask
+from vicinal.problem import Problem
 
-BLOCK = 128
-"""Tokens per block of FlexAttention's mask: its own default."""
-
-MOST_FLEX_TOKENS = 300_000
-"""Above, a block mask takes minutes to build: it touches all pairs of tokens."""
-
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Contender(Protocol):
-    """Something that can be timed."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it answers for all pairs of tokens, whatever the window."""
-        ...
-
-    def why_not(self, problem: Problem, device: torch.device, what: str) -> tuple[str, ...]:
-        """Why it does not run that pass of the problem there."""
-        ...
-
-    def prepare(self, problem: Problem, inputs: Inputs) -> Call:
-        """A function of query, key and value, `[B, *S, H, D]` to `[B, *S, H, Dv]`; may take its time."""
-        ...
+MOST_DENSE_OPERATIONS = 1e15
+"""Of one forward pass over all pairs of tokens: two seconds on an H100. Above, dense attention is not asked."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +42,7 @@ class Ours:
         return reasons
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Call:
-        return partial(
+        attend = partial(
             neighborhood_attention,
             kernel_size=problem.kernel_size,
             stride=problem.stride,
@@ -80,6 +54,7 @@ class Ours:
             additional_lengths=inputs.additional_lengths,
             backend=self.name,
         )
+        return Call(attend)
 
 
 @dataclass(frozen=True)
@@ -90,7 +65,7 @@ class Dense:
     is_dense: bool = True
 
     def why_not(self, problem: Problem, device: torch.device, what: str) -> tuple[str, ...]:
-        return ("leaves additional keys out",) if problem.additional else ()
+        return dense_reasons(problem)
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Call:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -99,7 +74,7 @@ class Dense:
         order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             q, k, v = (tensor.flatten(1, problem.rank).transpose(1, 2) for tensor in (query, key, value))
             with sdpa_kernel(order, set_priority=True):
                 out = torch.nn.functional.scaled_dot_product_attention(
@@ -107,96 +82,18 @@ class Dense:
                 )
             return out.transpose(1, 2).reshape(*query.shape[:-1], -1)
 
-        return call
+        return Call(attend)
 
 
-@dataclass(frozen=True)
-class Flex:
-    """Compiled FlexAttention with the same mask, tokens in row-major order."""
-
-    name: str = "flex"
-    is_dense: bool = False
-
-    def why_not(self, problem: Problem, device: torch.device, what: str) -> tuple[str, ...]:
-        facts = (
-            (problem.additional == 0, "leaves additional keys out"),
-            (device.type != "cpu" or what == FORWARD, "has no backward on CPUs"),
-            (problem.tokens <= MOST_FLEX_TOKENS, f"its block mask touches {problem.tokens}^2 pairs"),
-        )
-        return tuple(reason for holds, reason in facts if not holds)
-
-    def prepare(self, problem: Problem, inputs: Inputs) -> Call:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        blocks = block_mask(problem, inputs.query.device)
-        # Each case's mask compiles anew, and after eight PyTorch would silently stop compiling.
-        torch.compiler.reset()
-        compiled: Any = torch.compile(flex_attention, dynamic=False)
-
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            q, k, v = (tensor.flatten(1, problem.rank).transpose(1, 2) for tensor in (query, key, value))
-            grouped = problem.heads != problem.heads_kv
-            out = compiled(q, k, v, block_mask=blocks, scale=problem.scale, enable_gqa=grouped)
-            return out.transpose(1, 2).reshape(*query.shape[:-1], -1)
-
-        return call
-
-
-def block_mask(problem: Problem, device: torch.device) -> Any:
-    """FlexAttention's block mask, a strip of blocks at a time: it never holds all pairs of tokens."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    tokens, count = problem.tokens, -(-problem.tokens // BLOCK)
-    some = torch.zeros(count, count, dtype=torch.bool, device=device)
-    every = torch.zeros_like(some)
-    for row in range(count):
-        strip = mask(problem, torch.arange(row * BLOCK, min((row + 1) * BLOCK, tokens), device=device))
-        padded = torch.zeros(len(strip), count * BLOCK, dtype=torch.bool, device=device)
-        padded[:, :tokens] = strip
-        blocks = padded.unflatten(1, (count, BLOCK))
-        some[row] = blocks.any(2).any(0)
-        every[row] = blocks.all(2).all(0) & (len(strip) == BLOCK)
-
-    def listed(which: Tensor) -> tuple[Tensor, Tensor]:
-        order = which.int().argsort(dim=1, descending=True, stable=True).int()
-        return which.sum(1).int()[None, None], order[None, None]
-
-    return BlockMask.from_kv_blocks(
-        *listed(some & ~every),
-        *listed(every),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=mask_mod(problem),
-        seq_lengths=(tokens, tokens),
+def dense_reasons(problem: Problem) -> tuple[str, ...]:
+    """Why attention over all pairs of tokens is not asked for."""
+    pairs = problem.batch * problem.heads * problem.tokens**2
+    operations = 2 * pairs * (problem.head_dim + problem.head_dim_v)
+    facts = (
+        (problem.additional == 0, "leaves additional keys out"),
+        (operations <= MOST_DENSE_OPERATIONS, f"all pairs of {problem.tokens} tokens take {operations:.1e} operations"),
     )
-
-
-def mask_mod(problem: Problem) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The window as FlexAttention wants it: a function of token numbers."""
-
-    def sees(axis: Axis, query: Tensor, key: Tensor) -> Tensor:
-        """The rule of `testing.truth.axis_mask`, for single numbers."""
-        last = (axis.length - 1 - query % axis.dilation) // axis.dilation
-        same = query % axis.dilation == key % axis.dilation
-        q, k = query // axis.dilation, key // axis.dilation
-        group = q - q % axis.stride
-        if axis.is_causal:
-            leader = torch.minimum(group + axis.stride - 1, last)
-            return same & (k <= q) & (leader - k < axis.kernel_size)
-        before = axis.kernel_size // 2
-        after = axis.kernel_size - before - 1
-        leader = torch.minimum(group + axis.stride // 2, last)
-        centre = torch.minimum(torch.clamp(leader, min=before), last - after)
-        return same & (centre - k <= before) & (k - centre <= after)
-
-    def mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        stretch = problem.tokens
-        seen = query >= 0
-        for axis in problem.axes:
-            stretch //= axis.length
-            seen = seen & sees(axis, query // stretch % axis.length, key // stretch % axis.length)
-        return seen
-
-    return mod
+    return tuple(reason for holds, reason in facts if not holds)
 
 
 @dataclass(frozen=True)
@@ -220,7 +117,7 @@ class Natten:
 
         na: Any = getattr(natten, f"na{problem.rank}d")  # pyright: ignore[reportUnknownArgumentType]
         window = {name: getattr(problem, name) for name in ("kernel_size", "stride", "dilation", "is_causal")}
-        return partial(na, **window, scale=problem.scale)
+        return Call(partial(na, **window, scale=problem.scale))
 
 
 @dataclass(frozen=True)
@@ -235,23 +132,22 @@ class DenseFlash:
             (find_spec("flash_attn") is not None, "is not installed"),
             (device.type == "cuda", "runs on CUDA devices only"),
             (problem.itemsize == 2, "computes in 16 bits only"),
-            (problem.additional == 0, "leaves additional keys out"),
         )
-        return tuple(reason for holds, reason in facts if not holds)
+        return tuple(reason for holds, reason in facts if not holds) + dense_reasons(problem)
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Call:
         from flash_attn import flash_attn_func  # pyright: ignore
 
-        attend: Any = flash_attn_func  # pyright: ignore[reportUnknownVariableType]
+        flash: Any = flash_attn_func  # pyright: ignore[reportUnknownVariableType]
 
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             q, k, v = (tensor.flatten(1, problem.rank) for tensor in (query, key, value))
-            return attend(q, k, v, softmax_scale=problem.scale).reshape(*query.shape[:-1], -1)
+            return flash(q, k, v, softmax_scale=problem.scale).reshape(*query.shape[:-1], -1)
 
-        return call
+        return Call(attend)
 
 
-PEERS: tuple[Contender, ...] = (Dense(), Flex(), Natten(), DenseFlash())
+PEERS: tuple[Contender, ...] = (Dense(), Flex(), FlexTiled(), Natten(), DenseFlash())
 
 
 def contenders(only: tuple[str, ...] = ()) -> tuple[Contender, ...]:

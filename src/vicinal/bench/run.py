@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from vicinal import backends
 from vicinal.backends.base import Inputs
-from vicinal.bench.contenders import Call, Contender, Ours, contenders
+from vicinal.bench.contender import Call, Contender
+from vicinal.bench.contenders import Ours, contenders
 from vicinal.bench.results import Measurement, today
 from vicinal.bench.specs import FORWARD, Spec
 from vicinal.errors import InvalidProblem
@@ -24,12 +26,13 @@ from vicinal.problem import Problem
 from vicinal.simulate import simulate
 from vicinal.testing.cases import make_inputs, make_output_gradients
 from vicinal.testing.tolerance import allowance, error
-from vicinal.testing.truth import truth_and_eager
+from vicinal.testing.truth import Answer, truth_and_eager
 
 SAMPLES = 24
 """Queries whose answers are checked: brute force over all of them would take longer than the benchmark."""
 
 Progress = Callable[[str, int, int], None]
+Record = Callable[[list[Measurement]], object]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def run(
     only: tuple[str, ...] = (),
     effort: Effort | None = None,
     progress: Progress | None = None,
+    record: Record | None = None,
 ) -> list[Measurement]:
     """Measure every pass of every case with everyone who runs it.
 
@@ -78,9 +82,14 @@ def run(
         only: names of contenders, all if empty.
         effort: how long to measure.
         progress: called with a sentence, the number of the step from 0, and how many there are.
+        record: called with the rows of each pass of a case as soon as they are there, to save what an
+            interrupted run has measured.
 
     Returns:
         One `Measurement` per case, pass and contender.
+
+    Warns:
+        UserWarning: if a peer fails; it is left out of that case. A failure of ours is an error.
 
     Raises:
         InvalidProblem: if a contender of that name is not known, or none runs a case.
@@ -97,7 +106,10 @@ def run(
         for i, (spec, what) in enumerate(steps):
             if progress is not None:
                 progress(f"{spec.name}, {what}", i, len(steps))
-            found += measure_case(spec, what, everyone, device, effort)
+            rows = measure_case(spec, what, everyone, device, effort)
+            if record is not None:
+                record(rows)
+            found += rows
             _release(device)
     return found
 
@@ -118,76 +130,93 @@ def measure_case(
 ) -> list[Measurement]:
     """One pass of one case: check everyone, then time everyone in turn."""
     problem = spec.problem
-    inputs = make_inputs(problem, device, seed=0)
+    inputs = make_inputs(problem, device, seed=0, quickly=True)
     willing = [contender for contender in everyone if not contender.why_not(problem, device, what)]
     if not willing:
         reasons = [f"{c.name}: {', '.join(c.why_not(problem, device, what))}" for c in everyone]
         raise InvalidProblem(f"no contender runs {spec.name} ({problem}) on {device}: {'; '.join(reasons)}")
-    calls = [(contender, contender.prepare(problem, inputs)) for contender in willing]
-    errors = check_answers(problem, inputs, what, calls)
-    grad_out = make_output_gradients(problem, device, seed=0)[0]
-    lanes = [
-        Lane(contender, _step(call, inputs, what, grad_out), wrong, [], [])
-        for (contender, call), wrong in zip(calls, errors, strict=True)
-    ]
+    exam = Exam.of(problem, inputs, what)
+    lanes: list[Lane] = []
+    for contender in willing:
+        try:
+            call = contender.prepare(problem, inputs)
+            wrong = None if contender.is_dense else exam.grade(call)
+            lanes.append(Lane(contender, _step(call, inputs, what), wrong, [], []))
+        except Exception as failure:
+            if isinstance(contender, Ours):
+                raise
+            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            warnings.warn(f"{contender.name} is left out of {spec.name}, {what}: {reason}", stacklevel=2)
+        _release(device)
     _time([lane for lane in lanes if not lane.is_red], device, effort)
     return [_measurement(spec, what, lane, device) for lane in lanes]
 
 
-def _step(call: Call, inputs: Inputs, what: str, grad_out: Tensor) -> Callable[[], object]:
-    query, key, value = inputs[:3]
+def _step(call: Call, inputs: Inputs, what: str) -> Callable[[], object]:
+    with torch.no_grad():
+        query, key, value = (call.enter(tensor) for tensor in inputs[:3])
     if what == FORWARD:
 
         def forward() -> object:
             with torch.no_grad():
-                return call(query, key, value)
+                return call.attend(query, key, value)
 
         return forward
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    grad_out = torch.randn_like(call.attend(*leaves))
 
     def both() -> object:
-        return torch.autograd.grad(call(*leaves), leaves, grad_out)
+        return torch.autograd.grad(call.attend(*leaves), leaves, grad_out)
 
     return both
 
 
-def check_answers(
-    problem: Problem, inputs: Inputs, what: str, calls: list[tuple[Contender, Call]]
-) -> list[float | None]:
-    """The largest error of each contender, as a share of what is allowed; `None` where it answers for all pairs.
+@dataclass(frozen=True)
+class Exam:
+    """A few queries of a problem, and the truth about them.
 
-    Only a few queries have a gradient at their output, so that brute force over these few gives the
+    Only they have a gradient at their output, so that brute force over these few gives the
     gradients of all keys and values that they see.
     """
-    device, rank = inputs.query.device, problem.rank
-    rng = random.Random(0)
-    last = problem.tokens - 1
-    picks = sorted({0, last, *(rng.randint(0, last) for _ in range(SAMPLES - 2))})
-    tokens = torch.tensor(picks, device=device)
-    grad_out = torch.zeros(*inputs.query.shape[:-1], problem.head_dim_v, dtype=inputs.query.dtype, device=device)
-    some = make_output_gradients(Problem.grid((len(picks),), 1), torch.device("cpu"), 0)[0].mean(-1).flatten()
-    grad_out.flatten(1, rank)[:, tokens] = some[None, :, None, None].to(grad_out)
-    picked = grad_out.flatten(1, rank)[:, tokens] if what != FORWARD else None
-    truth, eager = truth_and_eager(problem, inputs, grad_out=picked, tokens=tokens)
-    errors: list[float | None] = []
-    for contender, call in calls:
-        if contender.is_dense:
-            errors.append(None)
-            continue
-        leaves = [tensor.detach().requires_grad_(what != FORWARD) for tensor in inputs[:3]]
-        out = call(*leaves)
-        shares = [_share(out.detach().flatten(1, rank)[:, tokens], eager.out, truth.out, inputs.value)]
+
+    problem: Problem
+    inputs: Inputs
+    tokens: Tensor
+    grad_out: Tensor | None
+    truth: Answer
+    eager: Answer
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs, what: str) -> Exam:
+        rng, last = random.Random(0), problem.tokens - 1
+        picks = sorted({0, last, *(rng.randint(0, last) for _ in range(SAMPLES - 2))})
+        tokens = torch.tensor(picks, device=inputs.query.device)
+        grad_out = picked = None
         if what != FORWARD:
-            gradients = torch.autograd.grad(out, leaves, grad_out)
+            shape = (*inputs.query.shape[:-1], problem.head_dim_v)
+            grad_out = torch.zeros(shape, dtype=inputs.query.dtype, device=tokens.device)
+            some = make_output_gradients(Problem.grid((len(picks),), 1), torch.device("cpu"), 0)[0].mean(-1).flatten()
+            grad_out.flatten(1, problem.rank)[:, tokens] = some[None, :, None, None].to(grad_out)
+            picked = grad_out.flatten(1, problem.rank)[:, tokens]
+        answers = truth_and_eager(problem, inputs, grad_out=picked, tokens=tokens)
+        return cls(problem, inputs, tokens, grad_out, *answers)
+
+    def grade(self, call: Call) -> float:
+        """The largest error, as a share of what is allowed."""
+        rank, truth, eager = self.problem.rank, self.truth, self.eager
+        leaves = [tensor.detach().requires_grad_(self.grad_out is not None) for tensor in self.inputs[:3]]
+        out = call(*leaves)
+        shares = [_share(out.detach().flatten(1, rank)[:, self.tokens], eager.out, truth.out, self.inputs.value)]
+        if self.grad_out is not None:
+            gradients = torch.autograd.grad(out, leaves, self.grad_out)
             at = (truth.tokens, truth.touched, truth.touched)
             shares += [
-                _share(gradient.flatten(1, rank)[:, where], like, wanted, grad_out)
+                _share(gradient.flatten(1, rank)[:, where], like, wanted, self.grad_out)
                 for gradient, where, like, wanted in zip(
                     gradients, at, eager.gradients[:3], truth.gradients[:3], strict=True
                 )
             ]
-        errors.append(max(shares, key=lambda share: (share != share, share)))  # a NaN beats everything
-    return errors
+        return max(shares, key=lambda share: (share != share, share))  # a NaN beats everything
 
 
 def _share(actual: Tensor, eager: Tensor, truth: Tensor, summed: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,14 +92,16 @@ def doctor(as_json: Json = False) -> None:
 
 
 def bench(
-    suite: Annotated[str, typer.Option(help="Which problems: smoke (seconds), cpu (minutes), ...")] = "smoke",
+    suite: Annotated[str, typer.Option(help="Which problems: smoke (seconds), cpu, h100-forward (minutes).")] = "smoke",
     backend: Annotated[
         list[str] | None, typer.Option("--backend", "-b", help="Only this backend or peer; may be repeated.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
     seconds: Annotated[float, typer.Option(help="Time to spend on each case and pass, at least.")] = 4.0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    save: Annotated[Path | None, typer.Option(help="Folder for a CSV; plot benchmark draws it.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder for a CSV, replaced after each case; plot benchmark draws it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a suite: everyone in turn, answers checked before any time is taken."""
@@ -112,6 +115,7 @@ def bench(
         raise InvalidProblem(f"seconds must be above 0 and threads at least 1, got {seconds} and {threads}")
     problems, place = specs.suite(suite), torch_device(device)
     effort = run.Effort(seconds=seconds, threads=threads)
+    record = None if save is None else partial(results.save, folder=save)
     with progress(f"measuring {suite}") as update:
         rows = run.run(
             problems,
@@ -119,15 +123,14 @@ def bench(
             only=tuple(backend or ()),
             effort=effort,
             progress=lambda text, step, steps: update(step, steps, text),
+            record=record,
         )
     if as_json:
         say_json([{name.rstrip("_"): value for name, value in asdict(row).items()} for row in rows])
     else:
         head, body = in_rows(rows)
         table(f"suite {suite} on {rows[0].device}: medians; speed-ups are over dense attention", head, body)
-    if save is not None:
-        written = results.save(rows, save)
-        if not as_json:
-            say(f"wrote {written}")
+    if save is not None and not as_json:
+        say(f"wrote {results.path_of(rows, save)}")
     if any(row.is_red for row in rows):
         raise typer.Exit(1)

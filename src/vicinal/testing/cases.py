@@ -112,19 +112,26 @@ def random_problem(rng: random.Random, *, dtypes: Sequence[str] = tuple(FLOATS),
     return riding(problem, rng.choice(RIDERS), rng.choice(dtypes))
 
 
-def generator(seed: int) -> torch.Generator:
-    """On the CPU, so that a seed means the same numbers on every device."""
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """On the CPU, so that a seed means the same numbers on every device; or on a device, to be quick there."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device, numbers: torch.Generator) -> Tensor:
     """Standard normal, rounded to `dtype`."""
-    return torch.randn(tuple(shape), generator=numbers).to(device=device, dtype=dtype)
+    drawn = torch.float32 if numbers.device.type == "cpu" else dtype  # elsewhere billions may be asked for
+    return torch.randn(tuple(shape), generator=numbers, device=numbers.device, dtype=drawn).to(device, dtype)
 
 
-def make_inputs(problem: Problem, device: torch.device, seed: int) -> Inputs:
-    """Standard normal tensors of the problem's shapes; with additional keys and an odd seed, lengths as well."""
-    numbers, dtype = generator(seed), getattr(torch, problem.dtype)
+def make_inputs(problem: Problem, device: torch.device, seed: int, *, quickly: bool = False) -> Inputs:
+    """Standard normal tensors of the problem's shapes; with additional keys and an odd seed, lengths as well.
+
+    Args:
+        problem, device: whose shapes, and where.
+        seed: of the numbers, which are the same on every device.
+        quickly: draw on the device itself: large tensors in no time, but other numbers than elsewhere.
+    """
+    numbers, dtype = generator(seed, device if quickly else "cpu"), getattr(torch, problem.dtype)
 
     def draw(*shape: int) -> Tensor:
         return normal(shape, dtype, device, numbers)
@@ -139,7 +146,7 @@ def make_inputs(problem: Problem, device: torch.device, seed: int) -> Inputs:
     keys, values = draw(*extra, problem.head_dim), draw(*extra, problem.head_dim_v)
     if seed % 2 == 0:
         return Inputs(query, key, value, keys, values)
-    lengths = torch.randint(0, problem.additional + 1, (problem.batch,), generator=numbers)
+    lengths = torch.randint(0, problem.additional + 1, (problem.batch,), generator=generator(seed))
     lengths[: min(problem.batch, 2)] = torch.tensor([0, problem.additional])[: problem.batch]  # the two extremes
     return Inputs(query, key, value, keys, values, lengths.roll(seed // 2).to(device))
 

@@ -26,7 +26,8 @@ def allowance(
     own = (eager.double() - truth.double()).abs().max().item()
     allowed = slack * own + torch.finfo(dtype).eps * truth.double().abs().max().item()
     if summed is not None and summed.numel():
-        allowed += torch.finfo(torch.promote_types(dtype, torch.float32)).eps * summed.double().abs().max().item()
+        low, high = (bound.double() for bound in summed.aminmax())  # no copy: these may be gigabytes
+        allowed += torch.finfo(torch.promote_types(dtype, torch.float32)).eps * torch.maximum(-low, high).item()
     return allowed
 
 
