@@ -49,7 +49,8 @@ def draw_times(figure: Any, rows: list[dict[str, str]]) -> None:
     )
     labels = [row["case"] if len(devices) == 1 else f"{row['case']} ({row.get('device')})" for row in rows]
     cases = list(dict.fromkeys(labels))
-    figure.set_size_inches(2.6 + 3.6 * len(passes), 1.6 + 0.42 * len(cases))
+    row, names = 0.42 if len(cases) <= 10 else 0.27, 0.065 * max(map(len, cases))
+    figure.set_size_inches(1.0 + names + 3.6 * len(passes), 1.6 + row * len(cases))
     panels = figure.subplots(1, len(passes), squeeze=False, sharex=True, sharey=True)[0]
     lost: list[str] = []
     for row, label in zip(rows, labels, strict=True):

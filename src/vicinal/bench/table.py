@@ -35,7 +35,8 @@ def _cell(row: Measurement | None, base: Measurement | None) -> str:
         return f"{RED}: {row.error:.3g} times the error allowed"
     if row.milliseconds is None:
         return ""
-    text = f"{row.milliseconds:.3g} ± {(row.spread or 0.0) / 2:.0%}"
+    digits = f"{row.milliseconds:.3g}" if row.milliseconds < 999.5 else f"{row.milliseconds:.0f}"
+    text = f"{digits} ± {(row.spread or 0.0) / 2:.0%}"
     gain = speedup(row, base)
     return text if gain is None or row is base else f"{text} ({gain:.1f}x)"
 
