@@ -150,6 +150,22 @@ def forgets_group_order(output: Output, inputs: Inputs, plan: Plan) -> Output:
     return reference.backend.forward(make_plan(problem, plan.tiling), Inputs(inputs.query, key, value))
 
 
+def on_bias(change: Callable[[Tensor, Plan], Tensor]) -> Callable[[Output, Inputs, Plan], Output]:
+    """Solve it with another table of position bias."""
+
+    def wrong(output: Output, inputs: Inputs, plan: Plan) -> Output:
+        if inputs.position_bias is None:
+            return output
+        table = change(inputs.position_bias, plan)
+        return reference.backend.forward(plan, inputs._replace(position_bias=table))
+
+    return wrong
+
+
+def halved(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table / 2
+
+
 MISTAKES: dict[str, tuple[Broken, str]] = {
     "window one key too large": (
         Broken(wrong_plan=on_axis(lambda a: replace(a, kernel_size=a.kernel_size + 1))),
@@ -193,6 +209,30 @@ MISTAKES: dict[str, tuple[Broken, str]] = {
     ),
     "gradients of query and key swapped in scale": (
         Broken(wrong_gradients=lambda g, i: g._replace(query=g.query * 2)),
+        "gradient_without_lse",
+    ),
+    "position bias forgotten": (
+        Broken(mistake=on_bias(lambda table, plan: table * 0)),
+        "equals_the_oracle",
+    ),
+    "position bias read the other way round": (
+        Broken(mistake=on_bias(lambda table, plan: table.flip(*range(1, table.dim())))),
+        "equals_the_oracle",
+    ),
+    "position bias on the wrong heads": (
+        Broken(mistake=on_bias(lambda table, plan: table.roll(1, 0))),
+        "strided_window_is_blocked_attention",
+    ),
+    "position bias multiplied by the scale": (
+        Broken(mistake=on_bias(lambda table, plan: table * plan.problem.scale)),
+        "whole_window_is_dense_attention",
+    ),
+    "gradient of the bias dropped": (
+        Broken(wrong_gradients=lambda g, i: g._replace(position_bias=None)),
+        "equals_the_oracle",
+    ),
+    "gradient of the bias of one batch row": (
+        Broken(wrong_gradients=lambda g, i: g._replace(position_bias=halved(g.position_bias))),
         "gradient_without_lse",
     ),
     "heads grouped the wrong way": (Broken(mistake=forgets_group_order), "batch_and_heads_permute"),
@@ -285,10 +325,11 @@ def test_a_backend_without_gradients_is_chosen_only_where_none_are_needed(monkey
 @pytest.mark.parametrize(("batch", "heads_kv", "dilation"), [(3, 2, 1), (1, 1, 1), (1, 3, 2)])
 def test_workers_change_nothing_and_leave_the_thread_count_alone(batch: int, heads_kv: int, dilation: int):
     problem = Problem.grid(
-        (13, 22), (5, 4), batch=batch, heads=2 * heads_kv, heads_kv=heads_kv, head_dim=8, additional=3, dtype="float32"
-    )
+        (13, 22), (5, 4), batch=batch, heads=2 * heads_kv, heads_kv=heads_kv, head_dim=8, additional=3,
+        position_bias=True, dtype="float32",
+    )  # fmt: skip
     inputs = make_inputs(problem, CPU, 1)
-    leaves = [tensor.requires_grad_() for tensor in inputs[:5] if tensor is not None]
+    leaves = [tensor.requires_grad_() for tensor in (*inputs[:5], inputs.position_bias) if tensor is not None]
     grads = make_output_gradients(problem, CPU, 1)
 
     def solve(threads: int) -> tuple[Tensor, ...]:
@@ -300,6 +341,7 @@ def test_workers_change_nothing_and_leave_the_thread_count_alone(batch: int, hea
             additional_keys=leaves[3],
             additional_values=leaves[4],
             additional_lengths=inputs.additional_lengths,
+            position_bias=leaves[5],
             backend="blocked",
         )
         found = *output, *torch.autograd.grad(output, leaves, grads)
@@ -376,7 +418,7 @@ def test_the_environment_names_a_backend_and_a_call_overrules_it(monkeypatch: py
 
 
 def test_tensors_of_a_seed_are_the_same_again():
-    problem = Problem.grid((9, 4), 3, additional=5, dtype="float32")
+    problem = Problem.grid((9, 4), 3, additional=5, position_bias=True, dtype="float32")
     for one, two in zip(make_inputs(problem, CPU, 7), make_inputs(problem, CPU, 7), strict=True):
         assert one is not None
         assert two is not None

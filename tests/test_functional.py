@@ -21,6 +21,7 @@ from vicinal.testing.cases import make_inputs
 from vicinal.testing.strategies import problems, seeds
 from vicinal.testing.truth import truth_and_eager
 from vicinal.tiling import Tiling
+from vicinal.window import window
 
 CPU = torch.device("cpu")
 
@@ -34,10 +35,12 @@ def qkv(*shape: int, heads: int = 4, heads_kv: int = 2, width: int = 8, width_v:
 
 
 def doubles(**changes: Any) -> dict[str, Any]:
-    """A small problem in float64 with additional keys, for gradcheck."""
+    """A small problem in float64 with additional keys and position bias for windows of 3, for gradcheck."""
     query, key, value = qkv(2, 3, 5, heads=2, heads_kv=1, width=3, width_v=2, dtype=torch.float64)
     keys, values = torch.randn(2, 2, 1, 3, dtype=torch.float64), torch.randn(2, 2, 1, 2, dtype=torch.float64)
+    bias = torch.randn(2, 5, 5, dtype=torch.float64)
     tensors = {"query": query, "key": key, "value": value, "additional_keys": keys, "additional_values": values}
+    tensors["position_bias"] = bias
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()} | changes
 
 
@@ -87,7 +90,9 @@ def test_one_key_is_its_value():
     {"kernel_size": 1, "additional_lengths": torch.tensor([0, 1])},
 ], ids=["plain", "everything", "single keys"])  # fmt: skip
 def test_gradients_of_values_and_lse_are_those_of_finite_differences(backend: str, window: dict[str, Any]):
-    tensors = doubles()
+    size = window["kernel_size"]
+    sizes = (size, size) if isinstance(size, int) else size
+    tensors = doubles(position_bias=torch.randn(2, *(2 * n - 1 for n in sizes)).double().requires_grad_())
 
     def both(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         return attention_with_lse(**dict(zip(tensors, leaves, strict=True)), **window, backend=backend)
@@ -107,7 +112,7 @@ def test_the_gradient_of_lse_alone_is_the_softmax():
     assert grads[2] is None or not grads[2].any()
 
 
-@pytest.mark.parametrize("wanted", ["query", "key", "value", "additional_keys", "additional_values"])
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "additional_keys", "additional_values", "position_bias"])
 def test_one_gradient_may_be_wanted_alone(wanted: str):
     tensors = doubles()
     everything = torch.autograd.grad(neighborhood_attention(**tensors, kernel_size=3).sum(), list(tensors.values()))
@@ -286,14 +291,26 @@ def test_natten_tiles_are_a_tiling_and_come_together():
             {"additional_lengths": torch.tensor([1, 1])},
             "additional_lengths came without additional_keys and additional_values",
         ),
+        (
+            {"position_bias": torch.zeros(4, 3, 5)},
+            "position_bias must be [H, 2 * kernel_size - 1 of each axis] = [4, 5, 5], got (4, 3, 5)",
+        ),
+        (
+            {"position_bias": torch.zeros(4, 5, 5).half()},
+            "position_bias and query must share one dtype, got float16 and float32",
+        ),
     ],
 )
 @pytest.mark.parametrize("call", [neighborhood_attention, attention_with_lse, na2d])
 def test_bad_arguments_are_refused_before_anything_runs(
     call: Callable[..., Any], changes: dict[str, Any], message: str
 ):
-    if call is na2d and ("additional_lengths" in changes or changes.get("query", torch.zeros(5 * [1])).ndim != 5):
-        pytest.skip("NATTEN's signature has no additional lengths, and its names have their own message on rank")
+    if call is na2d and (
+        {"additional_lengths", "position_bias"} & set(changes) or changes.get("query", torch.zeros(5 * [1])).ndim != 5
+    ):
+        pytest.skip(
+            "NATTEN's signature has no additional lengths and no bias, and its names have their own message on rank"
+        )
     fine = {
         "query": torch.zeros(2, 5, 7, 4, 8),
         "key": torch.zeros(2, 5, 7, 2, 8),
@@ -302,6 +319,37 @@ def test_bad_arguments_are_refused_before_anything_runs(
     }
     with refused(message):
         call(**{**fine, **changes})
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_a_bias_is_read_at_the_offset_of_the_key_in_units_of_the_dilation(backend: str):
+    """With queries of zero and one entry far above the rest, a query gets the value at that offset, if it sees it."""
+    length, size, dilation = 29, 5, 3
+    value = torch.arange(float(length)).view(1, length, 1, 1)
+    for offset in range(1 - size, size):
+        table = torch.zeros(1, 2 * size - 1)
+        table[0, offset + size - 1] = 1e4
+        zeros = torch.zeros(1, length, 1, 1)
+        out = neighborhood_attention(zeros, zeros, value, size, dilation=dilation, position_bias=table, backend=backend)
+        seen = 0
+        for query in range(length):
+            keys = list(window(query, length, size, dilation=dilation))
+            wanted = query + offset * dilation
+            seen += wanted in keys
+            expected = float(wanted) if wanted in keys else sum(keys) / size
+            assert out[0, query, 0, 0].item() == pytest.approx(expected)
+        assert seen >= dilation  # each offset occurs, the largest ones at the borders
+
+
+def test_a_causal_axis_never_reads_the_bias_of_later_keys():
+    query, key, value = qkv(2, 9, heads_kv=4)
+    table = torch.randn(4, 9)
+    poisoned = table.clone()
+    poisoned[:, 5:] = torch.nan
+    wanted = neighborhood_attention(query, key, value, 5, is_causal=True, position_bias=table)
+    for backend in ("blocked", "reference"):
+        got = neighborhood_attention(query, key, value, 5, is_causal=True, position_bias=poisoned, backend=backend)
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("length", [-1, 4])

@@ -84,7 +84,29 @@ def test_qk_norm_and_rotary_are_applied_to_queries_and_keys_before_attention():
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.parametrize("shape", [(9, 14), (9, 11), (4, 20), (3, 5)])
+def test_position_bias_is_learnt_by_offset_at_any_resolution(shape):
+    module = NeighborhoodAttention2D(12, 3, (7, 5), dilation=(1, 3), position_bias=True).double()
+    assert module.rpb.shape == (3, 13, 9)
+    x = torch.randn(1, *shape, 12, dtype=torch.float64)
+    q, k, v = (t.reshape(1, *shape, 3, 4) for t in module.qkv(x).chunk(3, dim=-1))
+    windows = module.windows(shape)
+    sizes = [length if n == -1 else n for n, length in zip(windows["kernel_size"], shape, strict=True)]
+    table = torch.zeros(3, *(2 * n - 1 for n in sizes), dtype=torch.float64)
+    for i in range(13):
+        for j in range(9):
+            a, b = i - 6 + sizes[0] - 1, j - 4 + sizes[1] - 1
+            if 0 <= a < table.shape[1] and 0 <= b < table.shape[2]:
+                table[:, a, b] = module.rpb[:, i, j].detach()
+    expected = module.proj(neighborhood_attention(q, k, v, **windows, position_bias=table).flatten(-2))
+    torch.testing.assert_close(module(x), expected)
+    module(x).sum().backward()
+    assert module.rpb.grad is not None
+    assert module.rpb.grad.any()
+
+
 @pytest.mark.parametrize(("build", "message"), [
+    (lambda: NeighborhoodAttention(12, 3, (3, -1), position_bias=True), "position_bias needs a kernel_size in numbers"),
     (lambda: NeighborhoodAttention(10, 3, (3, 3)), "num_heads must divide embed_dim 10, got 3"),
     (lambda: NeighborhoodAttention(12, 4, (3, 3), num_heads_kv=3), "num_heads_kv must divide num_heads 4, got 3"),
     (lambda: NeighborhoodAttention(12, 4, 3), "rank is needed"),

@@ -26,15 +26,16 @@ def strided(*shape):
     return [fused[..., i, :, :].requires_grad_() for i in range(3)]
 
 
-@pytest.mark.parametrize("case", ["plain", "strided", "additional", "no gradient", "tiled"])
+@pytest.mark.parametrize("case", ["plain", "strided", "additional", "no gradient", "tiled", "bias", "everything"])
 def test_opcheck(case):
     q, k, v = strided(2, 5, 7) if case == "strided" else tensors(2, 5, 7, grad=case != "no gradient")
     extra = [None, None, None]
-    if case == "additional":
+    if case in ("additional", "everything"):
         extra = [torch.randn(2, 3, 2, 8, requires_grad=True), torch.randn(2, 3, 2, 6, requires_grad=True)]
         extra.append(torch.tensor([1, 3]))
     tiling = [2, 3, 4, 5, 0] if case == "tiled" else []
-    arguments = [q, k, v, *extra, [3, 2], [1, 2], [1, 3], [True, False], 0.3, "", tiling, True]
+    bias = torch.randn(4, 5, 3, requires_grad=True) if case in ("bias", "everything") else None
+    arguments = [q, k, v, *extra, bias, [3, 2], [1, 2], [1, 3], [True, False], 0.3, "", tiling, True]
     checks = opcheck(ops.attention, arguments)
     assert set(checks.values()) == {"SUCCESS"}
 
@@ -67,6 +68,17 @@ def test_compiling_is_a_fine_first_call_and_other_batch_sizes_reuse_it():
     """)
     before, after = printed.split()
     assert before == after
+
+
+def test_compiled_calls_learn_a_bias():
+    table = torch.randn(4, 5, 9, requires_grad=True)
+    leaves = [*tensors(2, 6, 9), table]
+    call = lambda q, k, v, t: vicinal.neighborhood_attention(q, k, v, (3, 5), position_bias=t * 2).sin()  # noqa: E731
+    found = [function(*leaves) for function in (torch.compile(call, fullgraph=True, backend="aot_eager"), call)]
+    torch.testing.assert_close(*found)
+    gradients = [torch.autograd.grad(out.sum(), leaves) for out in found]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_symbolic_batch_never_recompiles():
@@ -122,6 +134,11 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(dtype)
     with torch.autocast("cpu", dtype=dtype):
         out = vicinal.neighborhood_attention(q, k, v, 3)
     assert out.dtype == dtype
+    table = torch.randn(4, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        biased = vicinal.neighborhood_attention(q, k, v, 3, position_bias=table)
+    (gradient,) = torch.autograd.grad(biased.sum(), table)
+    assert gradient.dtype == torch.float32
     lowered = vicinal.neighborhood_attention(*(t.to(dtype) for t in (q, k, v)), 3)
     assert torch.equal(out, lowered)
     out.sum().backward()

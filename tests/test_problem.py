@@ -63,9 +63,11 @@ def test_of_and_grid_agree(problem: Problem):
     values = torch.empty(*more, problem.head_dim_v, dtype=dtype, device="meta") if problem.additional else None
     names = ("kernel_size", "stride", "dilation", "is_causal")
     window = {name: getattr(problem, name) for name in names}
-    riding = ("batch", "heads", "heads_kv", "head_dim", "head_dim_v", "dtype", "scale", "additional")
+    riding = ("batch", "heads", "heads_kv", "head_dim", "head_dim_v", "dtype", "scale", "additional", "position_bias")
     fields = {name: getattr(problem, name) for name in riding}
-    posed = Problem.of(query, key, value, **window, scale=problem.scale, additional_keys=keys, additional_values=values)
+    bias = torch.empty(problem.bias_shape, dtype=dtype, device="meta") if problem.position_bias else None
+    more = {"additional_keys": keys, "additional_values": values, "position_bias": bias}
+    posed = Problem.of(query, key, value, **window, scale=problem.scale, **more)
     assert posed == Problem.grid(problem.shape, **window, **fields) == problem
     assert hash(posed) == hash(problem)
 

@@ -39,13 +39,14 @@ def _register() -> None:
 
 
 def _forward(query: Shape, key: Shape, value: Shape, extra: Shape | None, *rest: Any, **_: Any) -> int:
-    """Two products, over the pairs inside windows only."""
-    return 2 * _pairs(query, extra, rest[2:]) * (query[-1] + value[-1])
+    """Two products, over the pairs inside windows only. Adding a bias is no product and counts nothing."""
+    _values, _lengths, _bias, *settings = rest
+    return 2 * _pairs(query, extra, settings) * (query[-1] + value[-1])
 
 
 def _backward(*args: Any, **_: Any) -> int:
     """Five products: the scores again, and four gradients."""
-    query, _key, value, extra, _values, _lengths, *settings = args[4:]
+    query, _key, value, extra, _values, _lengths, _bias, *settings = args[4:]
     return 2 * _pairs(query, extra, settings) * (3 * query[-1] + 2 * value[-1])
 
 

@@ -36,6 +36,7 @@ def neighborhood_attention(
     dilation: Each[int] = 1,
     is_causal: Each[bool] = False,
     scale: float | None = None,
+    position_bias: Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     additional_lengths: Tensor | None = None,
@@ -44,7 +45,7 @@ def neighborhood_attention(
 ) -> Tensor:
     """Attention in which every query sees only the keys near it on a 1-D, 2-D or 3-D grid.
 
-        out[i] = sum_j softmax_j(scale * query[i] . key[j]) * value[j],   j in the window of i
+        out[i] = sum_j softmax_j(scale * query[i] . key[j] + bias[j - i]) * value[j],   j in the window of i
 
     The window is a product of one window per axis (`vicinal.window.window` is the definition), and
     every query also sees all additional keys: text tokens, registers.
@@ -60,6 +61,11 @@ def neighborhood_attention(
         dilation: distance between neighboring keys; `kernel_size * dilation` must fit the axis.
         is_causal: whether a query sees only itself and what comes before, per axis.
         scale: multiplies the scores; `None` is `D ** -0.5`. 0.0 is legal.
+        position_bias: a table `[H, 2 * k - 1, ...]` with the kernel size `k` of each axis, learnable. The
+            score of a key gets the entry at its offset from the query, counted in steps of `dilation`,
+            plus `k - 1`: offset 0 is in the middle. Windows that are pushed inside at a border or shared
+            by a stride still hold their query, so no offset is larger. Where an axis is causal, the
+            entries of later keys are never read. Additional keys get none.
         additional_keys, additional_values: `[B, M, Hkv, D]` and `[B, M, Hkv, Dv]`.
         additional_lengths: integers `[B]`: only so many of the `M` are seen in each batch row.
             Values below 0 count as 0, above `M` as `M`.
@@ -90,6 +96,7 @@ def neighborhood_attention(
         dilation=dilation,
         is_causal=is_causal,
         scale=scale,
+        position_bias=position_bias,
         additional_keys=additional_keys,
         additional_values=additional_values,
         additional_lengths=additional_lengths,
@@ -108,6 +115,7 @@ def attention_with_lse(
     dilation: Each[int] = 1,
     is_causal: Each[bool] = False,
     scale: float | None = None,
+    position_bias: Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     additional_lengths: Tensor | None = None,
@@ -116,7 +124,7 @@ def attention_with_lse(
 ) -> AttentionOutput:
     """`neighborhood_attention`, and with it the log-sum-exp that lets results be merged.
 
-        lse[i] = log sum_j exp(scale * query[i] . key[j]),   j in the window of i, or additional
+        lse[i] = log sum_j exp(scale * query[i] . key[j] + bias[j - i]),   j in the window of i, or additional
 
     Both outputs have right gradients.
 
@@ -138,26 +146,24 @@ def attention_with_lse(
         9.0
     """
     settings = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-    extra = (additional_keys, additional_values, additional_lengths)
+    extra = (additional_keys, additional_values, additional_lengths, position_bias)
     if not torch.compiler.is_compiling():
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
-        names = ("additional_keys", "additional_values", "additional_lengths")
+        names = ("additional_keys", "additional_values", "additional_lengths", "position_bias")
         Problem.of(query, key, value, **settings, scale=scale, **dict(zip(names, extra, strict=True)))
-        _refuse_tangents(query, key, value, additional_keys, additional_values)
+        _refuse_tangents(query, key, value, additional_keys, additional_values, position_bias)
         flops.ensure_registered()
     rank = query.ndim - 3
-    query, key, value, *floats = _autocast(query, key, value, additional_keys, additional_values)
+    floats = _autocast(query, key, value, additional_keys, additional_values, position_bias)
     out, lse = ops.attention(
-        query,
-        key,
-        value,
-        *floats,
+        *floats[:5],
         additional_lengths,
+        floats[5],
         *(_each(setting, rank) for setting in settings.values()),
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         backend or "",
         ops.encode(tiling),
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, *floats)),
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats),
     )
     return AttentionOutput(out, lse)
 

@@ -58,6 +58,7 @@ def solve(
         additional_keys=inputs.additional_keys,
         additional_values=inputs.additional_values,
         additional_lengths=inputs.additional_lengths,
+        position_bias=inputs.position_bias,
     )
     hardware = backends.present(inputs.query.device)
     chosen = backends.choose(problem, hardware, backend or None, needs_grad=needs_grad)
@@ -73,6 +74,7 @@ def attention(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     additional_lengths: Tensor | None,
+    position_bias: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
@@ -83,7 +85,7 @@ def attention(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """`out [B, *S, H, Dv]` and `lse [B, *S, H]`; see `vicinal.neighborhood_attention`."""
-    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths)
+    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
     # Autocast lowers the calls that PyTorch code makes; what a backend computes in is its own affair.
     with torch.autocast(query.device.type, enabled=False):
         chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
@@ -103,6 +105,7 @@ def attention_backward(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     additional_lengths: Tensor | None,
+    position_bias: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
@@ -112,8 +115,8 @@ def attention_backward(
     tiling: Sequence[int],
     needs_grad: bool,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, and of the additional keys and values if there are any."""
-    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths)
+    """Gradients of query, key, value, and of the additional keys and values and the bias if there are any."""
+    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
     with torch.autocast(query.device.type, enabled=False):
         chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
         gradients = chosen.backward(plan, inputs, Output(out, lse), grad_out, grad_lse)
@@ -137,22 +140,25 @@ def _(
     value: Tensor,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
+    additional_lengths: Tensor | None,
+    position_bias: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    tensors = (query, key, value, additional_keys, additional_values)
+    tensors = (query, key, value, additional_keys, additional_values, position_bias)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.settings = inputs[6:]
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.settings = inputs[7:]
 
 
 def _derivative(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     *inputs, out, lse = ctx.saved_tensors
     gradients = iter(attention_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.settings))
-    of_inputs = [None if tensor is None else next(gradients) for tensor in inputs[:5]]
-    return (*of_inputs, None, *[None] * len(ctx.settings))
+    # Lengths, the sixth, have none.
+    of_inputs = [None if tensor is None or i == 5 else next(gradients) for i, tensor in enumerate(inputs)]
+    return (*of_inputs, *[None] * len(ctx.settings))
 
 
 attention.register_autograd(_derivative, setup_context=_save)

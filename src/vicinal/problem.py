@@ -87,10 +87,11 @@ class Axis:
 class Problem:
     """A neighborhood attention problem: all that can change the numbers, and nothing else.
 
-        out[i] = sum_j softmax_j(scale * query[i] . key[j]) value[j],   j in the window of i
+        out[i] = sum_j softmax_j(scale * query[i] . key[j] + bias[j - i]) value[j],   j in the window of i
 
     where the window of `i` is the product of one window per axis, joined with all (valid)
-    additional keys. Make one with `Problem.of(tensors)` or `Problem.grid(shape)`.
+    additional keys; the bias, if there is one, is a number for each head and offset. Make one with
+    `Problem.of(tensors)` or `Problem.grid(shape)`.
 
     Args:
         axes: the grid, slowest axis first.
@@ -99,6 +100,7 @@ class Problem:
         dtype: one of float16, bfloat16, float32, float64.
         scale: multiplies the scores.
         additional: number of additional keys that every query sees.
+        position_bias: whether a table of `bias_shape` is added to the scores.
     """
 
     axes: tuple[Axis, ...]
@@ -110,6 +112,7 @@ class Problem:
     dtype: str = "bfloat16"
     scale: float = 0.125
     additional: int = 0
+    position_bias: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 3:
@@ -175,6 +178,7 @@ class Problem:
         additional_keys: Any = None,
         additional_values: Any = None,
         additional_lengths: Any = None,
+        position_bias: Any = None,
     ) -> Problem:
         """The problem that these tensors pose. Reads shapes, dtypes and devices, never values.
 
@@ -187,6 +191,7 @@ class Problem:
             scale: multiplies the scores; `None` means `D ** -0.5`.
             additional_keys, additional_values: `[B, M, Hkv, D]` and `[B, M, Hkv, Dv]`, or `None`.
             additional_lengths: integers `[B]`; how many of the `M` are valid in each batch row.
+            position_bias: `[H, 2 * k - 1, ...]` with the kernel size `k` of each axis, or `None`.
 
         Raises:
             InvalidProblem: naming the argument, what was expected and what came.
@@ -205,8 +210,11 @@ class Problem:
         if additional_keys is not None:
             _check_additional(query, key, value, additional_keys, additional_values, additional_lengths)
         batch, *shape, heads, head_dim = query.shape
+        axes = make_axes(tuple(shape), kernel_size, stride, dilation, is_causal)
+        if position_bias is not None:
+            _check_bias(query, position_bias, axes)
         return cls(
-            make_axes(tuple(shape), kernel_size, stride, dilation, is_causal),
+            axes,
             batch=batch,
             heads=heads,
             heads_kv=key.shape[-2],
@@ -215,6 +223,7 @@ class Problem:
             dtype=_dtype(query),
             scale=head_dim**-0.5 if scale is None else _number("scale", scale),
             additional=0 if additional_keys is None else additional_keys.shape[1],
+            position_bias=position_bias is not None,
         )
 
     @property
@@ -247,6 +256,11 @@ class Problem:
         return tuple(axis.is_causal for axis in self.axes)
 
     @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Shape of a table of position bias, `[H, 2 * k - 1, ...]`: one entry per head and offset of a key."""
+        return (self.heads, *(2 * size - 1 for size in self.kernel_size))
+
+    @property
     def itemsize(self) -> int:
         """Bytes per element."""
         return FLOATS[self.dtype]
@@ -266,6 +280,8 @@ class Problem:
             parts.append("causal on axis " + " and ".join(str(i) for i, c in enumerate(self.is_causal) if c))
         if self.additional:
             parts.append(f"{self.additional} additional keys")
+        if self.position_bias:
+            parts.append("position bias")
         return ", ".join(parts)
 
 
@@ -357,6 +373,16 @@ def _check_additional(query: Any, key: Any, value: Any, keys: Any, values: Any, 
     if getattr(lengths, "device", None) != getattr(query, "device", None):
         raise InvalidProblem(
             f"additional_lengths and query must share one device, got {lengths.device} and {query.device}"
+        )
+
+
+def _check_bias(query: Any, bias: Any, axes: tuple[Axis, ...]) -> None:
+    _check_tensor("position_bias", bias, query)
+    wanted = (query.shape[-2], *(2 * axis.kernel_size - 1 for axis in axes))
+    if tuple(bias.shape) != wanted:
+        raise InvalidProblem(
+            f"position_bias must be [H, 2 * kernel_size - 1 of each axis] = [{', '.join(str(n) for n in wanted)}], "
+            f"got {tuple(bias.shape)}"
         )
 
 

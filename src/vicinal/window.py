@@ -16,6 +16,10 @@ def window(
     even. At the borders it is pushed inside: it shifts, it never shrinks. A causal window ends at
     the query itself and may hold fewer keys.
 
+    Every window holds its query, and at most `kernel_size` keys in a row: keys lie within
+    `kernel_size - 1` members of the query, also at the borders and with a stride. So a table of
+    `2 * kernel_size - 1` entries has one for every offset that occurs.
+
     Args:
         query: token index in `[0, length)`.
         length: tokens on the axis, at least `kernel_size * dilation`.

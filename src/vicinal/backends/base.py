@@ -14,7 +14,7 @@ from vicinal.tiling import Tiling
 
 
 class Inputs(NamedTuple):
-    """The tensors of a problem, heads last. The last three are `None` where there are no additional keys."""
+    """The tensors of a problem, heads last; `None` where there are no additional keys, or no bias."""
 
     query: Tensor  # [B, *S, H, D]
     key: Tensor  # [B, *S, Hkv, D]
@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
     additional_keys: Tensor | None = None  # [B, M, Hkv, D]
     additional_values: Tensor | None = None  # [B, M, Hkv, Dv]
     additional_lengths: Tensor | None = None  # [B], integers; how many of the M count
+    position_bias: Tensor | None = None  # [H, 2 * k - 1, ...], added to scaled scores; see `Problem.bias_shape`
 
 
 class Output(NamedTuple):
@@ -40,6 +41,7 @@ class Gradients(NamedTuple):
     value: Tensor
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
+    position_bias: Tensor | None = None
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 
 import torch
 from torch import Tensor
@@ -47,6 +48,21 @@ def dense_mask(problem: Problem, device: torch.device | str = "cpu") -> Tensor:
     return reduce(product, (axis_mask(axis, device) for axis in problem.axes))
 
 
+def bias_index(problem: Problem, device: torch.device | str = "cpu") -> Tensor:
+    """Which entry of a head's table, flattened, belongs to a query and a key in its window: `[N, N]`.
+
+    Pairs outside windows get some entry or other.
+    """
+    index = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for axis in problem.axes:
+        place = torch.arange(axis.length, device=device) // axis.dilation
+        most = axis.kernel_size - 1
+        along = (place[None, :] - place[:, None]).clamp(-most, most) + most
+        pairs = index[:, None, :, None] * (2 * most + 1) + along[None, :, None, :]
+        index = pairs.reshape(index.shape[0] * axis.length, index.shape[1] * axis.length)
+    return index
+
+
 def _weights(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Dense probabilities and what they were made of, in the precision of computation.
 
@@ -72,6 +88,9 @@ def _weights(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, 
     k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
     hidden = ~allowed[:, None, None]
     scores = problem.scale * torch.einsum("bnhgd,bmhd->bhgnm", q, k)
+    if inputs.position_bias is not None:
+        table = inputs.position_bias.to(dtype).flatten(1).unflatten(0, (problem.heads_kv, groups))
+        scores[..., : problem.tokens] += table[..., bias_index(problem, q.device)]
     scores = scores.masked_fill(hidden, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     return torch.exp(scores - lse[..., None]), lse, q, k, v
@@ -111,6 +130,7 @@ class Reference:
         if grad_lse is not None:
             grad_lse = grad_lse.to(p.dtype).reshape(q.shape[:-1]).permute(0, 2, 3, 1)
             grad_scores = grad_scores + p * grad_lse[..., None]
+        grad_bias = _table_gradient(plan.problem, grad_scores)
         grad_scores = grad_scores * plan.problem.scale
         grad_q = torch.einsum("bhgnm,bmhd->bnhgd", grad_scores, k)
         grad_k = torch.einsum("bhgnm,bnhgd->bmhd", grad_scores, q)
@@ -125,7 +145,17 @@ class Reference:
             grad_v[:, :tokens].reshape(inputs.value.shape).to(inputs.value.dtype).contiguous(),
             like(grad_k[:, tokens:], inputs.additional_keys),
             like(grad_v[:, tokens:], inputs.additional_values),
+            like(grad_bias, inputs.position_bias),
         )
+
+
+def _table_gradient(problem: Problem, grad_scores: Tensor) -> Tensor:
+    """Gradients of scores `[B, Hkv, G, N, N + M]`, summed over those that an entry was added to: `[H, entries]`."""
+    table = grad_scores.new_zeros(problem.heads, prod(problem.bias_shape[1:]))
+    if problem.position_bias:
+        index = bias_index(problem, table.device).flatten().expand(problem.heads, -1)
+        table.scatter_add_(1, index, grad_scores[..., : problem.tokens].sum(0).reshape(problem.heads, -1))
+    return table
 
 
 backend = Reference()

@@ -14,6 +14,7 @@ from vicinal import backends
 from vicinal.backends.base import Backend, Inputs
 from vicinal.bench.contender import Call, Contender
 from vicinal.bench.flex import Flex, FlexTiled
+from vicinal.bench.specs import FORWARD
 from vicinal.functional import neighborhood_attention
 from vicinal.problem import Problem
 
@@ -52,6 +53,7 @@ class Ours:
             additional_keys=inputs.additional_keys,
             additional_values=inputs.additional_values,
             additional_lengths=inputs.additional_lengths,
+            position_bias=inputs.position_bias,
             backend=self.name,
         )
         return Call(attend)
@@ -91,6 +93,7 @@ def dense_reasons(problem: Problem) -> tuple[str, ...]:
     operations = 2 * pairs * (problem.head_dim + problem.head_dim_v)
     facts = (
         (problem.additional == 0, "leaves additional keys out"),
+        (not problem.position_bias, "leaves position bias out"),
         (operations <= MOST_DENSE_OPERATIONS, f"all pairs of {problem.tokens} tokens take {operations:.1e} operations"),
     )
     return tuple(reason for holds, reason in facts if not holds)
@@ -108,6 +111,7 @@ class Natten:
             (find_spec("natten") is not None, "is not installed"),
             (device.type == "cuda", "runs on CUDA devices only"),
             (problem.additional == 0, "is not given additional keys"),
+            (not problem.position_bias, "adds no position bias"),
             (min(problem.kernel_size) > 1, "needs windows of two keys and more"),
         )
         return tuple(reason for holds, reason in facts if not holds)

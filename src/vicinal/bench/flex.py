@@ -50,6 +50,7 @@ def attention(problem: Problem, blocks: Any) -> Callable[[Tensor, Tensor, Tensor
 def reasons(problem: Problem, device: torch.device, what: str) -> tuple[str, ...]:
     facts = (
         (problem.additional == 0, "leaves additional keys out"),
+        (not problem.position_bias, "leaves position bias out"),
         (device.type != "cpu" or what == FORWARD, "has no backward on CPUs"),
     )
     return tuple(reason for holds, reason in facts if not holds)

@@ -209,12 +209,10 @@ class Exam:
         shares = [_share(out.detach().flatten(1, rank)[:, self.tokens], eager.out, truth.out, self.inputs.value)]
         if self.grad_out is not None:
             gradients = torch.autograd.grad(out, leaves, self.grad_out)
-            at = (truth.tokens, truth.touched, truth.touched)
+            at = {"query": truth.tokens, "key": truth.touched, "value": truth.touched}
             shares += [
-                _share(gradient.flatten(1, rank)[:, where], like, wanted, self.grad_out)
-                for gradient, where, like, wanted in zip(
-                    gradients, at, eager.gradients[:3], truth.gradients[:3], strict=True
-                )
+                _share(gradient.flatten(1, rank)[:, where], eager.gradients[name], truth.gradients[name], self.grad_out)
+                for gradient, (name, where) in zip(gradients, at.items(), strict=True)
             ]
         return max(shares, key=lambda share: (share != share, share))  # a NaN beats everything
 

@@ -57,6 +57,7 @@ def problem_of(
     head_dim_v: Annotated[int | None, typer.Option(help="Elements per value head, if other.")] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "bfloat16",
     additional: Annotated[int, typer.Option(help="Additional keys that every query sees.")] = 0,
+    position_bias: Annotated[bool, typer.Option("--position-bias", help="A table is added to the scores.")] = False,
 ) -> "Problem":
     """A problem from the words of the command line."""
     from vicinal.problem import Problem
@@ -78,6 +79,7 @@ def problem_of(
         head_dim_v=head_dim if head_dim_v is None else head_dim_v,
         dtype=dtype,
         additional=additional,
+        position_bias=position_bias,
     )
 
 

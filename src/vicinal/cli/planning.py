@@ -154,6 +154,7 @@ def facts(problem: "Problem") -> dict[str, Any]:
         "dtype": problem.dtype,
         "scale": problem.scale,
         "additional": problem.additional,
+        "position_bias": problem.position_bias,
     }
 
 

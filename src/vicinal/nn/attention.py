@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vicinal._tuples import canonical
@@ -16,11 +17,11 @@ from vicinal.problem import WHOLE
 class NeighborhoodAttention(nn.Module):
     """Project to queries, keys and values, attend in windows, project back.
 
-        y = proj(neighborhood_attention(rotary(norm(q)), rotary(norm(k)), v)),   q, k, v = qkv(x)
+        y = proj(neighborhood_attention(rotary(norm(q)), rotary(norm(k)), v, rpb)),   q, k, v = qkv(x)
 
     Takes and gives `[B, *S, C]`, channels last. An axis shorter than `kernel_size * dilation` is
     attended to as a whole, so that weights work at any resolution. Parameters are named as NATTEN's
-    (`qkv`, `proj`), whose weights load as they are.
+    (`qkv`, `proj`, `rpb`), whose weights load as they are.
 
     Args:
         embed_dim: channels `C`.
@@ -34,6 +35,8 @@ class NeighborhoodAttention(nn.Module):
         num_heads_kv: key/value heads; must divide `num_heads`, which is also the default.
         qk_norm: whether queries and keys are RMS-normalised per head, with a learnt gain each.
         rotary: whether they are turned by their place (see `Rotary`).
+        position_bias: whether to learn a table `rpb [H, 2 * k - 1, ...]` that is added to the scores (see
+            `neighborhood_attention`), see also `table`.
         backend: insist on a backend by name.
 
     Raises:
@@ -61,6 +64,7 @@ class NeighborhoodAttention(nn.Module):
         num_heads_kv: int | None = None,
         qk_norm: bool = False,
         rotary: bool = False,
+        position_bias: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -84,6 +88,12 @@ class NeighborhoodAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.rotary = Rotary(self.head_dim, self.rank) if rotary else nn.Identity()
+        self.rpb = None
+        if position_bias:
+            if WHOLE in self.kernel_size:
+                raise InvalidProblem(f"position_bias needs a kernel_size in numbers on every axis, got {kernel_size}")
+            self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * size - 1 for size in self.kernel_size)))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -97,8 +107,25 @@ class NeighborhoodAttention(nn.Module):
         heads = (self.num_heads, self.num_heads_kv, self.num_heads_kv)
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)  # [B, *S, H, D]
         q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
-        out = neighborhood_attention(q, k, v, **self.windows(x.shape[1:-1]), scale=self.scale, backend=self.backend)
+        windows = self.windows(x.shape[1:-1])
+        out = neighborhood_attention(
+            q, k, v, **windows, scale=self.scale, position_bias=self.table(x.shape[1:-1]), backend=self.backend
+        )
         return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def table(self, shape: tuple[int, ...]) -> Tensor | None:
+        """The position bias on a grid of that shape.
+
+        An axis that is attended to whole has its own offsets: those beyond it are left out, those beyond
+        the table add nothing.
+        """
+        if self.rpb is None:
+            return None
+        ends: list[int] = []  # to add at the ends of the table, the last axis first; negative ones crop
+        for size, dilation, length in zip(self.kernel_size, self.dilation, shape, strict=True):
+            more = length - size if size * dilation > length else 0
+            ends = [more, more, *ends]
+        return nn.functional.pad(self.rpb, ends) if any(ends) else self.rpb
 
     def windows(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """The window on a grid of that shape: the whole axis where a window would not fit."""

@@ -53,18 +53,21 @@ SMALL: tuple[Problem, ...] = (
 
 RIDERS: tuple[dict[str, Any], ...] = (
     {"batch": 2, "heads": 4, "heads_kv": 2, "head_dim": 64, "head_dim_v": 64},
+    {"batch": 1, "heads": 3, "heads_kv": 3, "head_dim": 64, "head_dim_v": 64, "position_bias": True},
     {"batch": 3, "heads": 3, "heads_kv": 1, "head_dim": 20, "head_dim_v": 12, "scale": 0.3},
     {"batch": 1, "heads": 3, "heads_kv": 3, "head_dim": 32, "head_dim_v": 32},
+    {"batch": 2, "heads": 4, "heads_kv": 2, "head_dim": 32, "head_dim_v": 32, "position_bias": True},
     {"batch": 1, "heads": 2, "heads_kv": 1, "head_dim": 128, "head_dim_v": 128},
     {"batch": 2, "heads": 2, "heads_kv": 2, "head_dim": 16, "head_dim_v": 40, "scale": -0.2},
+    {"batch": 3, "heads": 2, "heads_kv": 1, "head_dim": 8, "head_dim_v": 24, "scale": 0.0, "position_bias": True},
     {"batch": 1, "heads": 6, "heads_kv": 2, "head_dim": 7, "head_dim_v": 5, "scale": 0.0},
 )
-"""Batch, heads and head dims: grouped, odd and even, values of another width, scales of all signs."""
+"""Batch, heads and head dims: grouped, odd and even, values of another width, scales of all signs, position bias."""
 
 
 def riding(problem: Problem, rider: dict[str, Any], dtype: str) -> Problem:
     """That grid and window, with these heads and this dtype."""
-    fields = {"scale": rider["head_dim"] ** -0.5, **rider}
+    fields = {"scale": rider["head_dim"] ** -0.5, "position_bias": False, **rider}
     return replace(problem, dtype=dtype, **fields)
 
 
@@ -140,15 +143,16 @@ def make_inputs(problem: Problem, device: torch.device, seed: int, *, quickly: b
     query = draw(*grid, problem.heads, problem.head_dim)
     key = draw(*grid, problem.heads_kv, problem.head_dim)
     value = draw(*grid, problem.heads_kv, problem.head_dim_v)
+    bias = draw(*problem.bias_shape) if problem.position_bias else None
     if not problem.additional:
-        return Inputs(query, key, value)
+        return Inputs(query, key, value, position_bias=bias)
     extra = (problem.batch, problem.additional, problem.heads_kv)
     keys, values = draw(*extra, problem.head_dim), draw(*extra, problem.head_dim_v)
     if seed % 2 == 0:
-        return Inputs(query, key, value, keys, values)
+        return Inputs(query, key, value, keys, values, None, bias)
     lengths = torch.randint(0, problem.additional + 1, (problem.batch,), generator=generator(seed))
     lengths[: min(problem.batch, 2)] = torch.tensor([0, problem.additional])[: problem.batch]  # the two extremes
-    return Inputs(query, key, value, keys, values, lengths.roll(seed // 2).to(device))
+    return Inputs(query, key, value, keys, values, lengths.roll(seed // 2).to(device), bias)
 
 
 def make_output_gradients(problem: Problem, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:

@@ -7,98 +7,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vicinal.backends.base import Backend, Gradients, Inputs, Output
+from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.errors import Unsupported
 from vicinal.functional import merge_attentions
-from vicinal.hardware import Hardware
-from vicinal.plan import make_plan
 from vicinal.problem import Problem
-from vicinal.testing.cases import generator, make_inputs, make_output_gradients
+from vicinal.testing.cases import generator, make_output_gradients
 from vicinal.testing.layouts import LAYOUTS, with_nan_beyond_lengths
 from vicinal.testing.tolerance import assert_as_good_as_eager
-from vicinal.testing.truth import Answer, mask, truth_and_eager
+from vicinal.testing.trial import Trial, assert_solved
+from vicinal.testing.truth import Answer, bias, mask, truth_and_eager
 from vicinal.tiling import Tiling
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One backend on one problem on one device, with a seed for the numbers.
-
-    `slack` is how many times plain PyTorch's own error is allowed: the laws' 2, more where few numbers are computed.
-    """
-
-    backend: Backend
-    problem: Problem
-    device: torch.device
-    hardware: Hardware
-    seed: int
-    slack: float = 2.0
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether the backend gives gradients of this problem; if not, its outputs alone are judged."""
-        return not self.backend.why_not_gradients(self.problem, self.hardware)
-
-    @property
-    def default(self) -> Tiling:
-        return next(iter(self.backend.tilings(self.problem, self.hardware)))
-
-    def inputs(self) -> Inputs:
-        return make_inputs(self.problem, self.device, self.seed)
-
-    def forward(self, inputs: Inputs, tiling: Tiling | None = None) -> Output:
-        output = self.backend.forward(make_plan(self.problem, tiling or self.default), inputs)
-        return Output(*output)
-
-    def backward(
-        self, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None, tiling: Tiling | None = None
-    ) -> Gradients:
-        plan = make_plan(self.problem, tiling or self.default)
-        return self.backend.backward(plan, inputs, output, grad_out, grad_lse)
-
-
-def assert_solved(
-    trial: Trial,
-    inputs: Inputs,
-    grads: tuple[Tensor, Tensor | None],
-    answers: tuple[Answer, Answer],
-    tiling: Tiling | None = None,
-) -> None:
-    """Values, log-sum-exp and every gradient are as good as plain PyTorch's, of the promised shapes and dtypes."""
-    problem, (truth, eager) = trial.problem, answers
-    output = trial.forward(inputs, tiling)
-    dtype = inputs.query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    if (output.out.dtype, output.lse.dtype) != (dtype, wide):
-        raise AssertionError(f"out and lse must be {dtype} and {wide}, got {output.out.dtype} and {output.lse.dtype}")
-    if not (output.out.is_contiguous() and output.lse.is_contiguous()):
-        raise AssertionError("out and lse must be contiguous")
-    grid = inputs.query.shape[:-1]
-    if output.out.shape != (*grid, problem.head_dim_v) or output.lse.shape != grid:
-        raise AssertionError(f"out and lse have shapes {tuple(output.out.shape)} and {tuple(output.lse.shape)}")
-    out, lse = output.out.flatten(1, problem.rank), output.lse.flatten(1, problem.rank)
-    assert_as_good_as_eager(out, eager.out, truth.out, slack=trial.slack, summed=inputs.value, what="out")
-    assert_as_good_as_eager(lse, eager.lse, truth.lse, slack=trial.slack, what="lse")
-    if not trial.has_gradients:
-        return
-    gradients = trial.backward(inputs, output, *grads, tiling)
-    for name, gradient, tensor, like, wanted in zip(
-        Gradients._fields, gradients, inputs, eager.gradients, truth.gradients, strict=False
-    ):
-        assert tensor is not None  # there is a true gradient for each tensor that there is
-        if gradient is None or gradient.shape != tensor.shape or gradient.dtype != tensor.dtype:
-            raise AssertionError(f"the gradient of {name} must be like it, {tuple(tensor.shape)} {tensor.dtype}")
-        summed = grads[0] if "value" in name else None
-        actual = gradient.reshape(wanted.shape)
-        what = f"the gradient of {name}"
-        assert_as_good_as_eager(actual, like, wanted, slack=trial.slack, summed=summed, what=what)
 
 
 def _flat(problem: Problem, grads: tuple[Tensor, Tensor | None]) -> dict[str, Tensor | None]:
@@ -136,12 +61,19 @@ def counts_its_keys(trial: Trial) -> None:
         tokens = tokens // axis.length
     channels = [coordinates[i % problem.rank] for i in range(problem.head_dim_v)]
     value = torch.stack(channels, 1).to(inputs.value.dtype).reshape(*problem.shape, 1, problem.head_dim_v)
+    inputs = _without_bias(inputs)
     inputs = inputs._replace(query=torch.zeros_like(inputs.query), value=value.expand_as(inputs.value).contiguous())
     output = trial.forward(inputs)
     assert_lse_counts(output.lse.flatten(1, problem.rank), _count(problem, inputs))
     truth, eager = truth_and_eager(problem, inputs)
     actual = output.out.flatten(1, problem.rank)
     assert_as_good_as_eager(actual, eager.out, truth.out, summed=inputs.value, what="the mean coordinate")
+
+
+def _without_bias(inputs: Inputs) -> Inputs:
+    """With a table of zeros, if there is one."""
+    table = inputs.position_bias
+    return inputs if table is None else inputs._replace(position_bias=torch.zeros_like(table))
 
 
 def _count(problem: Problem, inputs: Inputs) -> Tensor:
@@ -180,7 +112,7 @@ def _one_window_each(trial: Trial, *, outside: bool) -> None:
     picks = _picks(trial.problem, random.Random(trial.seed))
     problem = replace(trial.problem, batch=len(picks), additional=0)
     trial = replace(trial, problem=problem)
-    inputs = trial.inputs()
+    inputs = _without_bias(trial.inputs())
     seen = mask(problem, torch.tensor(picks, device=trial.device))  # [B, N]
     # The largest whole number whose products do not overflow float16, a score far beyond any -1e4 of a sloppy mask
     # in the other dtypes.
@@ -257,7 +189,12 @@ def _equals_sdpa(trial: Trial, cut: Callable[[Tensor], Tensor]) -> None:
     q, k, v = (cut(tensor) for tensor in inputs[:3])
     group = problem.heads // problem.heads_kv
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    truth = scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=problem.scale)
+    added = None
+    if inputs.position_bias is not None:
+        # Each of the dense problems is a grid of the window's size, seen whole.
+        block = replace(problem, axes=Problem.grid(problem.kernel_size, -1).axes)
+        added = bias(block, inputs.position_bias.double(), mask(block))
+    truth = scaled_dot_product_attention(q.double(), k.double(), v.double(), added, scale=problem.scale)
     # The fused operator is itself as careful as a kernel; plain PyTorch is the measure, as everywhere.
     _, eager = truth_and_eager(problem, inputs)
     eager_out = eager.out.reshape(*inputs.query.shape[:-1], -1)
@@ -278,23 +215,25 @@ def batch_and_heads_permute(trial: Trial) -> None:
     def move(tensor: Tensor, order: Tensor, head_axis: int) -> Tensor:
         return tensor.index_select(0, rows).index_select(head_axis, order)
 
-    orders = (heads, kv_heads, kv_heads, kv_heads, kv_heads)
-    moved = [None if t is None else move(t, o, -2) for t, o in zip(inputs, orders, strict=False)]
+    orders = {name: heads if name == "query" else kv_heads for name in inputs._fields[:5]}
+
+    def move_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        moved = {name: move(t, orders[name], -2) for name, t in tensors.items() if name in orders}
+        if "position_bias" in tensors:  # which has no batch rows
+            moved["position_bias"] = tensors["position_bias"].index_select(0, heads)
+        return moved
+
     lengths = None if inputs.additional_lengths is None else inputs.additional_lengths.index_select(0, rows)
-    query, key, value, keys, values = (*moved, None, None)[:5]
-    assert query is not None
-    assert key is not None
-    assert value is not None
+    given = {name: getattr(inputs, name) for name in answers[0].gradients}
+    moved = inputs._replace(**move_all(given), additional_lengths=lengths)
     truth, eager = (
         answer._replace(
-            out=move(answer.out, heads, -2),
-            lse=move(answer.lse, heads, -1),
-            gradients=tuple(move(g, o, -2) for g, o in zip(answer.gradients, orders, strict=False)),
+            out=move(answer.out, heads, -2), lse=move(answer.lse, heads, -1), gradients=move_all(answer.gradients)
         )
         for answer in answers
     )
     moved_grads = move(grads[0], heads, -2), move(grads[1], heads, -1)
-    assert_solved(trial, Inputs(query, key, value, keys, values, lengths), moved_grads, (truth, eager))
+    assert_solved(trial, moved, moved_grads, (truth, eager))
 
 
 def merged_halves_are_the_whole(trial: Trial) -> None:
@@ -304,7 +243,7 @@ def merged_halves_are_the_whole(trial: Trial) -> None:
     assert keys is not None
     assert values is not None
     windows = replace(trial, problem=replace(problem, additional=0))
-    out, lse = windows.forward(Inputs(*inputs[:3]))
+    out, lse = windows.forward(Inputs(*inputs[:3], position_bias=inputs.position_bias))
     group = problem.heads // problem.heads_kv
     scores = problem.scale * torch.einsum(
         "b...hd,bmhd->b...hm", inputs.query.double(), keys.double().repeat_interleave(group, 2)
@@ -328,12 +267,8 @@ def memory_around_is_not_read(trial: Trial) -> None:
     grads = make_output_gradients(problem, trial.device, trial.seed)
     answers = _answers(problem, inputs, grads)
     for name, lay in LAYOUTS.items():
-        laid = [None if t is None else lay(t) for t in inputs[:5]]
-        query, key, value, keys, values = laid
-        assert query is not None
-        assert key is not None
-        assert value is not None
-        tensors = Inputs(query, key, value, keys, values, inputs.additional_lengths)
+        laid = {field: lay(t) for field, t in inputs._asdict().items() if t is not None and t.is_floating_point()}
+        tensors = inputs._replace(**laid)
         try:
             assert_solved(trial, tensors, (lay(grads[0]), grads[1]), answers)
         except AssertionError as error:
@@ -368,7 +303,8 @@ def an_empty_batch_is_answered(trial: Trial) -> None:
         raise AssertionError(f"out and lse have shapes {tuple(output.out.shape)} and {tuple(output.lse.shape)}")
     if not trial.has_gradients:
         return
-    for name, a, b in zip(Gradients._fields, trial.backward(inputs, output, *grads), inputs, strict=False):
+    for name, a in trial.backward(inputs, output, *grads)._asdict().items():
+        b = getattr(inputs, name)
         if b is not None and (a is None or a.shape != b.shape):
             raise AssertionError(f"the gradient of {name} must have shape {tuple(b.shape)}")
 

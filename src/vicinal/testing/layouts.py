@@ -12,14 +12,14 @@ from vicinal.backends.base import Inputs
 
 def with_nan_beyond_lengths(inputs: Inputs) -> Inputs:
     """Additional keys that do not count hold NaN in memory that nobody filled; so do their values."""
-    _, _, _, keys, values, lengths = inputs
+    keys, values, lengths = inputs.additional_keys, inputs.additional_values, inputs.additional_lengths
     if keys is None or values is None:
         return inputs
     if lengths is None:
         lengths = torch.arange(keys.shape[0], device=keys.device) % (keys.shape[1] + 1)
     beyond = (torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None])[:, :, None, None]
     filled = [tensor.masked_fill(beyond, torch.nan) for tensor in (keys, values)]
-    return Inputs(*inputs[:3], filled[0], filled[1], lengths)
+    return inputs._replace(additional_keys=filled[0], additional_values=filled[1], additional_lengths=lengths)
 
 
 def _banded(tensor: Tensor) -> Tensor:

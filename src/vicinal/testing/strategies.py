@@ -60,8 +60,9 @@ def problems(
     most_tokens: int = 200,
     dtypes: tuple[str, ...] = tuple(FLOATS),
     additional: bool = True,
+    position_bias: bool = True,
 ) -> Problem:
-    """Any problem: grouped heads, values of another width, additional keys, scales of all signs."""
+    """Any problem: grouped heads, values of another width, additional keys, position bias, scales of all signs."""
     heads_kv = draw(st.integers(1, 3))
     head_dim, head_dim_v = draw(st.lists(st.integers(1, 20), min_size=2, max_size=2))
     return Problem(
@@ -74,6 +75,7 @@ def problems(
         dtype=draw(st.sampled_from(dtypes)),
         scale=draw(st.one_of(st.just(head_dim**-0.5), st.sampled_from((0.0, -0.3, 1.0)))),
         additional=draw(st.one_of(st.just(0), st.integers(1, 20))) if additional else 0,
+        position_bias=draw(st.booleans()) if position_bias else False,
     )
 
 

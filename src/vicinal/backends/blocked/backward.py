@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
+from vicinal.backends.blocked.bias import add_gradient
 from vicinal.backends.blocked.chunks import Band, Chunk, Views, scatter, scatter_add
 from vicinal.backends.blocked.threads import spread, workers_for
 from vicinal.backends.blocked.tiles import length
@@ -40,18 +41,21 @@ class Sums(NamedTuple):
 
     query: Tensor
     keys: tuple[Tensor | None, ...]  # of Inputs[1:5]
+    bias: Tensor | None  # [B, Hkv, G, entries]: batch rows apart, for workers have rows and heads of their own
 
 
 def backward(plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """The backward pass, on as many workers as the device has use for."""
     count = workers_for(inputs.query.device)
     workers = [Backward(plan, inputs) for _ in range(count)]
+    bias = workers[0].bias
     sums = Sums(
         torch.empty_like(inputs.query, memory_format=torch.contiguous_format),
         tuple(
             None if tensor is None else torch.zeros(tensor.shape, dtype=workers[0].dtype, device=tensor.device)
             for tensor in inputs[1:5]
         ),
+        None if bias is None else bias.table.new_zeros(plan.problem.batch, *bias.table.shape),
     )
     given = Given(output, grad_out, grad_lse)
     for part in workers[0].walk(count):
@@ -61,7 +65,10 @@ def backward(plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_
         worker.scratch.keep()
     dk, dv, dak, dav = (None if grad is None else grad.to(inputs.query.dtype) for grad in sums.keys)
     assert dk is not None and dv is not None
-    return Gradients(sums.query, dk, dv, dak, dav)
+    table = inputs.position_bias
+    if table is not None and sums.bias is not None:
+        table = sums.bias.sum(0).view(table.shape).to(table.dtype)
+    return Gradients(sums.query, dk, dv, dak, dav, table)
 
 
 def by_heads(part: Sequence[tuple[Views, Chunk]]) -> list[list[tuple[Views, Chunk]]]:
@@ -106,7 +113,9 @@ class Backward(Pass):
             targets = self.targets(chunk, band, sums)
             grad = self.scratch.take("dq row", *queries.q.shape).zero_()
             for run, dk, dv in zip(runs, targets[::2], targets[1::2], strict=True):
-                self.tile(queries, run, len(chunk.columns), grad, dk, dv)
+                ds = self.tile(queries, run, len(chunk.columns), grad, dk, dv)
+                if run.entries is not None and gradients.bias is not None:
+                    add_gradient(gradients.bias[chunk.units[0].start, chunk.units[-1]], ds, run.entries)
             target = chunk.piece(grad_q, band)
             torch.mul(grad.view(target.shape), self.plan.problem.scale, out=target)
         boxes = [column.queries for column in chunk.columns]
@@ -125,14 +134,15 @@ class Backward(Pass):
 
     def tile(
         self, queries: Queries, run: Run, columns: int, dq: Tensor, dk: Sequence[Tensor], dv: Sequence[Tensor]
-    ) -> None:
-        """Add `ds k`, `ds^T q` and `p^T do` of some rows and one run of keys."""
+    ) -> Tensor:
+        """Add `ds k`, `ds^T q` and `p^T do` of some rows and one run of keys; returns `ds`."""
         q, do, delta, lse = queries
         p = self.scores(q, run, columns).sub_(lse).exp2_()
         add_rows(torch.bmm(p.transpose(1, 2), do, out=self.scratch.take("dv row", *run.v.shape)), dv)
         ds = torch.bmm(do, run.v.transpose(1, 2), out=self.scratch.take("ds", *p.shape)).sub_(delta).mul_(p)
         add_rows(torch.bmm(ds.transpose(1, 2), q, out=self.scratch.take("dk row", *run.k.shape)), dk)
         dq.baddbmm_(ds, run.k)
+        return ds
 
     def zero_sums(self, chunk: Chunk) -> list[Tensor]:
         """Zeros for the gathered keys and values, and for the additional ones if there are any."""

@@ -89,7 +89,7 @@ def attend(
     keys, values = (chunk.rows_of_keys(tensor, band, band.rows[0].keys) for tensor in (k, v))
     if mask is not None:
         # Query heads that read the same keys lie one after the other, and so must their masks.
-        mask = mask[0].expand(1, problem.heads // problem.heads_kv, -1, -1).flatten(1, 2)[None]
+        mask = mask[0, 0].expand(1, problem.heads // problem.heads_kv, -1, -1).flatten(1, 2)[None]
     out, lse = _attend(queries, keys, values, attn_mask=mask, scale=problem.scale)
     return out, lse[..., None]
 
@@ -133,6 +133,7 @@ class Fused:
         facts = (
             (hardware.kind == "cpu", f"runs on CPUs only, this is {hardware.kind}"),
             (problem.head_dim == problem.head_dim_v, f"needs keys and values of one width, these have {widths}"),
+            (not problem.position_bias, "adds no position bias"),
         )
         return tuple(reason for holds, reason in facts if not holds)
 

@@ -42,12 +42,12 @@ class Masks:
         return mask
 
     def chunk(self, row: Tile, columns: Sequence[Column]) -> Tensor | None:
-        """`[columns, 1, 1, queries, keys]` of one row. Rows away from the borders share theirs."""
+        """`[columns, 1, 1, 1, queries, keys]` of one row. Rows away from the borders share theirs."""
         if columns is not self.columns:
             self.columns, self.rows = columns, {}
         wanted = row.pattern, length(row.keys)
         if wanted not in self.rows:
             tiles = [(row, *column.tiles) for column in columns]
             full = all(run == (0, length(tile.keys)) for box in tiles for tile in box for run in tile.pattern)
-            self.rows[wanted] = None if full else torch.stack([self.product(box) for box in tiles])[:, None, None]
+            self.rows[wanted] = None if full else torch.stack([self.product(box) for box in tiles])[:, None, None, None]
         return self.rows[wanted]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from vicinal.backends.base import Inputs
+from vicinal.backends.blocked.bias import Bias
 from vicinal.backends.blocked.chunks import Band, Chunk, Scratch, Views, chunks
 from vicinal.backends.blocked.masks import Masks
 from vicinal.backends.blocked.tiles import length, parts
@@ -25,7 +26,8 @@ class Run:
 
     k: Tensor  # [C * rows, keys, D]
     v: Tensor  # [C * rows, keys, Dv]
-    mask: Tensor | None  # [columns, 1 or units.., 1, queries or 1, keys]
+    mask: Tensor | None  # [columns, units but heads, heads, G, queries, keys], 1 where it is the same for all
+    entries: Tensor | None = None  # [columns, queries, keys], those of the table of position bias
 
     def repeated(self, rows: int) -> Run:
         """The same keys for each of some rows."""
@@ -36,7 +38,7 @@ class Run:
 
 def valid_additional(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Additional keys and values, zero beyond their lengths, and the mask of those, `[B, M]`; or `None` of them."""
-    keys, values, lengths = inputs[3:]
+    keys, values, lengths = inputs[3:6]
     if keys is None or values is None or keys.shape[1] == 0:
         return None
     if lengths is None:
@@ -62,6 +64,10 @@ class Pass:
         self.groups = problem.heads // problem.heads_kv
         self.log2_scale = problem.scale / LN2
         self.masks = Masks(self.dtype, query.device)
+        table = self.inputs.position_bias
+        if table is not None:
+            table = (table.to(self.dtype) / LN2).flatten(1).unflatten(0, (problem.heads_kv, self.groups))
+        self.bias = None if table is None else Bias(problem, table, self.masks)
         self.scratch = Scratch(self.dtype, query.device)
 
     def walk(self, workers: int = 1) -> Iterator[list[tuple[Views, Chunk]]]:
@@ -73,7 +79,12 @@ class Pass:
             views = Views(part, problem.dilation, problem.heads_kv)
             units = (problem.batch, *(len(residues) for residues in part.residues), problem.heads_kv)
             width, run = problem.head_dim + problem.head_dim_v, self.plan.tiling.kv_tile[0]
-            yield [(views, chunk) for chunk in chunks(part, units, self.groups, width, run, workers)]
+            found = chunks(part, units, self.groups, width, run, workers)
+            if (
+                self.bias is not None
+            ):  # Rows of one pattern may lie elsewhere beside their keys, and then differ in bias.
+                found = (replace(chunk, together=1) for chunk in found)
+            yield [(views, chunk) for chunk in found]
 
     def bands(self, views: Views, chunk: Chunk) -> Iterator[tuple[Band, list[Run]]]:
         """The rows of a chunk with the runs of keys that they meet: a box cut along axis 0, and the additional keys.
@@ -84,14 +95,15 @@ class Pass:
         values = chunk.gather_keys(views.keys(self.inputs.value), self.scratch, "values")
         extra = self.additional(views, chunk)
         for band in chunk.bands:
-            row, across = band.rows[0], keys.shape[2]
+            row, across, entries = band.rows[0], keys.shape[2], None
             mask = self.masks.chunk(row, chunk.columns)
+            if self.bias is not None:
+                mask, entries = self.bias.chunk(row, chunk.columns, chunk.units[-1])
             runs: list[Run] = []
             for piece in chunk.runs(band):
                 start = (piece.start - row.keys.start) * across
-                part = None if mask is None else mask[..., start : start + length(piece) * across]
-                k, v = (chunk.batch_of_keys(tensor, band, piece) for tensor in (keys, values))
-                runs.append(Run(k, v, part))
+                parts = (t if t is None else t[..., start : start + length(piece) * across] for t in (mask, entries))
+                runs.append(Run(*(chunk.batch_of_keys(tensor, band, piece) for tensor in (keys, values)), *parts))
             yield band, [*runs, *(run.repeated(len(band.rows)) for run in extra)]
 
     @cached_property
@@ -110,7 +122,7 @@ class Pass:
 
         if mask is not None:
             units = views.additional(mask[:, :, None, None].expand(-1, -1, keys.shape[2], -1))[chunk.units]
-            mask = units.flatten(0, -3)[None, :, None, None, :, 0]
+            mask = units.flatten(0, -4)[None, :, :, None, None, :, 0]
         return [Run(repeat(keys), repeat(values), mask)]
 
     def scores(self, q: Tensor, run: Run, columns: int) -> Tensor:
@@ -118,5 +130,6 @@ class Pass:
         s = self.scratch.take("scores", *q.shape[:2], run.k.shape[1])
         s.baddbmm_(q, run.k.transpose(1, 2), beta=0, alpha=self.log2_scale)
         if run.mask is not None:
-            s.view(columns, -1, self.groups, s.shape[1] // self.groups, s.shape[2]).add_(run.mask)
+            heads, queries = run.mask.shape[2], s.shape[1] // self.groups
+            s.view(columns, -1, heads, self.groups, queries, s.shape[2]).add_(run.mask)
         return s
