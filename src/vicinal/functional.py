@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vicinal import flops, ops
+from vicinal import _eager, flops, ops
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
@@ -147,6 +147,8 @@ def attention_with_lse(
     """
     settings = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
     extra = (additional_keys, additional_values, additional_lengths, position_bias)
+    if all(tensor is None for tensor in extra) and _eager.is_plain(query, key, value):
+        return AttentionOutput(*_eager.attention(query, key, value, {**settings, "scale": scale}, backend, tiling))
     if not torch.compiler.is_compiling():
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
         names = ("additional_keys", "additional_values", "additional_lengths", "position_bias")
