@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from vicinal.tiling import Tiling
 
 
 @pytest.fixture
-def by_operator(monkeypatch: pytest.MonkeyPatch) -> Generator[list[str]]:
+def by_operator(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What went through the operator, call by call."""
     calls: list[str] = []
     operator = ops.attention
@@ -26,7 +26,7 @@ def by_operator(monkeypatch: pytest.MonkeyPatch) -> Generator[list[str]]:
         return operator(*args)
 
     monkeypatch.setattr(ops, "attention", attention)
-    yield calls
+    return calls
 
 
 def inputs() -> list[torch.Tensor]:
