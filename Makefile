@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+MODELS := .venv/.models
 
 .PHONY: demo test check lint types unit bench clean
 
@@ -16,11 +17,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
-types: $(READY)
+types: $(MODELS)
 	$(BIN)/pyright
 
 # One thread a worker: with more, two workers on two cores spend their time waiting for each other.
-unit: $(READY)
+unit: $(MODELS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
 bench: $(READY)
@@ -31,6 +32,11 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)
+
+# Libraries of models, which only the tests of their integrations need.
+$(MODELS): $(READY) requirements-models.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-models.txt
+	touch $(MODELS)
 
 clean:
 	rm -rf .venv out dist build .pytest_cache .hypothesis .ruff_cache

@@ -11,7 +11,7 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
-def times(values: Iterable[int]) -> str:
+def times(values: Iterable[object]) -> str:
     """A shape as people write it.
 
     Example:

@@ -1,0 +1,147 @@
+"""Windows on the diffusion transformers of `diffusers`, 0.42: `sparsify`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from vicinal.errors import InvalidProblem, Unsupported
+from vicinal.integrations.presets import Preset, load_preset
+from vicinal.integrations.sparsity import Length, Sparsity, Window, first_and_last
+
+if TYPE_CHECKING:
+    from vicinal.integrations.diffusers.handle import Rule, Sparsified
+
+SUPPORTED = "0.42"
+"""The minor version of diffusers whose processors ours stand in for."""
+
+
+def sparsify(
+    model: Any,
+    kernel_size: Length | Sequence[Length] | None = None,
+    *,
+    stride: Length | Sequence[Length] = 1,
+    dilation: Length | Sequence[Length] = 1,
+    dense_layers: int | Sequence[int] = 0,
+    dense_steps: int | Sequence[int] | None = None,
+    steps: int | None = None,
+    preset: str | None = None,
+    rule: Rule | None = None,
+    grid: Sequence[int] | None = None,
+) -> Sparsified:
+    """Let every image or video token of a diffusion transformer see only its window, and all text.
+
+        with sparsify(pipe.transformer, kernel_size=(18, 24, 24), stride=(16, 8, 8), dense_steps=15):
+            video = pipe(prompt).frames
+
+    Only self-attention over the grid of tokens changes, where the window is
+    `vicinal.neighborhood_attention`'s. Text that shares the attention (FLUX, HunyuanVideo) is seen by all
+    and sees all; padding of text is seen by none. Cross-attention, the rest of the model, other models in
+    the process and global backends are left alone. Leaving the `with`, or `remove()`, restores the model.
+
+    Knows FLUX.1 and FLUX.2, HunyuanVideo and 1.5, Wan 2.x, Cosmos 1, Predict2 and 2.5, LTX-Video and
+    LTX-2. Works with LoRA, in training, under `torch.compile` of the repeated blocks, and with grids that
+    change from call to call.
+
+    Args:
+        model: the transformer, `pipe.transformer`. A pipeline with two is to have both called.
+        kernel_size: keys per window and axis (frames, rows, columns; rows, columns for images). Integers
+            are tokens, floats a share of the axis; `-1` is the whole axis.
+        stride: queries that share a window, tokens or a share.
+        dilation: distance between keys.
+        dense_layers: layers that stay dense: the first so many, or `(first, last)`. FLUX and HunyuanVideo
+            count double blocks, then single ones.
+        dense_steps: denoising steps that stay dense, likewise. By default the preset's, or none.
+        steps: denoising steps of a run, needed only if the last ones are to be dense.
+        preset: windows for all layers from `vicinal.integrations.presets`, in place of `kernel_size`.
+        rule: in place of both, a function `(layer, step) -> Window | None`.
+        grid: tokens per axis, for calls that do not say it themselves; also checks the windows at once.
+
+    Returns:
+        A handle with `remove()`, `layers`, `grid`, `step`; a context manager.
+
+    Raises:
+        Unsupported: the model, a layer's processor or the version of diffusers is unknown. At once.
+        InvalidProblem: arguments that contradict each other, a preset made for another model (both at
+            once), a window that does not fit the grid (before any layer of that call runs). The model is
+            untouched in each case.
+
+    Example:
+        >>> from diffusers import WanTransformer3DModel  # doctest: +SKIP
+        >>> handle = sparsify(WanTransformer3DModel(num_layers=2), kernel_size=(-1, 0.5, 0.5))  # doctest: +SKIP
+    """
+    _check_version()
+    from vicinal.integrations.diffusers.families import family_of
+    from vicinal.integrations.diffusers.handle import Sparsified
+
+    # A compiled model wraps the one whose layers these are.
+    model = getattr(model, "_orig_mod", model)
+    family_of(model)
+    given = {"kernel_size": kernel_size, "preset": preset, "rule": rule}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise InvalidProblem(f"pass exactly one of kernel_size, preset and rule, got {' and '.join(named) or 'none'}")
+    if rule is None:
+        rule = _rule(model, kernel_size, stride, dilation, dense_layers, dense_steps, steps, preset)
+    elif (stride, dilation, dense_layers, dense_steps, steps) != (1, 1, 0, None, None):
+        raise InvalidProblem("rule decides on its own; stride, dilation, dense_layers, dense_steps and steps go unused")
+    return Sparsified(model, rule, None if grid is None else tuple(grid))
+
+
+def _rule(
+    model: Any,
+    kernel_size: Length | Sequence[Length] | None,
+    stride: Length | Sequence[Length],
+    dilation: Length | Sequence[Length],
+    dense_layers: int | Sequence[int],
+    dense_steps: int | Sequence[int] | None,
+    steps: int | None,
+    preset: str | None,
+) -> Rule:
+    from vicinal.integrations.diffusers.families import family_of
+
+    layers = sum(1 for _ in family_of(model).layers(model))
+    if preset is not None:
+        if (stride, dilation) != (1, 1):
+            raise InvalidProblem("a preset brings its own stride and dilation; pass kernel_size to choose them")
+        found = load_preset(preset)
+        _check_model(found, model, layers)
+        windows, by_default = found.windows, found.dense_steps
+    else:
+        assert kernel_size is not None
+        windows, by_default = (Window(kernel_size, stride, dilation),), 0
+    sparsity = Sparsity(
+        windows,
+        first_and_last(dense_layers, "dense_layers"),
+        first_and_last(by_default if dense_steps is None else dense_steps, "dense_steps"),
+        steps,
+    )
+    return lambda layer, step: sparsity.window(layer, layers, step)
+
+
+def _check_model(preset: Preset, model: Any, layers: int) -> None:
+    names = {kind.__name__ for kind in type(model).__mro__}
+    found = {
+        "class": preset.model["class"] if preset.model["class"] in names else type(model).__name__,
+        "layers": layers,
+        "heads": model.config.num_attention_heads,
+        "head_dim": model.config.attention_head_dim,
+    }
+    wrong = [
+        f"{name} {found[name]} instead of {wanted}" for name, wanted in preset.model.items() if found[name] != wanted
+    ]
+    if wrong:
+        raise InvalidProblem(f"preset {preset.name!r} is made for another model: this one has {', '.join(wrong)}")
+
+
+def _check_version() -> None:
+    try:
+        found = version("diffusers")
+    except PackageNotFoundError:
+        raise Unsupported("this needs diffusers; install it, for example as pip install 'vicinal[diffusers]'") from None
+    if found.split(".")[:2] != SUPPORTED.split("."):
+        raise Unsupported(
+            f"windows know the processors of diffusers {SUPPORTED}, not those of {found}; "
+            f"install diffusers~={SUPPORTED}.0"
+        )
