@@ -1,4 +1,4 @@
-"""Windows on the diffusion transformers of `diffusers`, 0.42: `sparsify`."""
+"""Our attention in the models of `diffusers`, 0.42: `sparsify` for transformers, and a processor for LTX-2.5's decoder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from vicinal.errors import InvalidProblem, Unsupported
+from vicinal.integrations.diffusers.decoder import LTX2DecoderProcessor
 from vicinal.integrations.presets import Preset, load_preset
 from vicinal.integrations.sparsity import Length, Sparsity, Window, first_and_last
 
 if TYPE_CHECKING:
     from vicinal.integrations.diffusers.handle import Rule, Sparsified
+
+__all__ = ["LTX2DecoderProcessor", "Window", "sparsify"]
 
 SUPPORTED = "0.42"
 """The minor version of diffusers whose processors ours stand in for."""

@@ -1,0 +1,111 @@
+"""LTX-2.5's decoder: through our processor, and through its own NATTEN processor with our kernel folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from vicinal import InvalidProblem, Problem
+from vicinal.integrations.natten_kernel import write_natten_kernel
+from vicinal.testing import truth
+from vicinal.testing.tolerance import assert_as_good_as_eager
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -r requirements-models.txt")
+
+from diffusers.models.autoencoders import ltx2_diffusion_decoder as decoder
+
+from vicinal.integrations.diffusers import LTX2DecoderProcessor
+from vicinal.integrations.diffusers.zoo import specimen
+
+
+class Masked:
+    """Dense attention under the oracle's mask."""
+
+    def __call__(self, attn, hidden_states, block_mask=None):
+        grid = tuple(hidden_states.shape[1:4])
+        query, key, value = (tensor.flatten(1, 3).transpose(1, 2) for tensor in attn.project_qkv(hidden_states))
+        mask = truth.mask(Problem.grid(grid, attn.kernel_size))
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2).unflatten(1, grid))
+
+
+def decoded(dtype: torch.dtype, processor: object, weights: nn.Module | None = None) -> tuple[nn.Module, torch.Tensor]:
+    found = specimen("ltx2-decoder")
+    model = found.build(tiny=True, dtype=dtype)
+    if weights is not None:
+        model.load_state_dict(weights.state_dict())
+    model.set_attn_processor(processor)
+    arguments = found.arguments(weights or model, tiny=True)
+    latent = arguments["z"].to(dtype)
+    # Noise would be drawn in the model's dtype: let it be zero, and the same in all.
+    with torch.no_grad():
+        context = model.decoder.forward_stage_4(model.decoder.forward_stages_1_to_3(latent))
+        shape = (1, 3, context.shape[1], *(n * model.decoder.patch_size for n in context.shape[2:4]))
+        noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return model, model.decoder.denoise(context, noise, 2)
+
+
+def test_our_processor_equals_dense_attention_under_the_same_mask():
+    exact, true = decoded(torch.float64, Masked())
+    _, eager = decoded(torch.float32, Masked(), exact)
+    _, ours = decoded(torch.float32, LTX2DecoderProcessor(), exact)
+    assert_as_good_as_eager(ours, eager, true, slack=4.0)
+
+
+def test_our_processor_can_be_put_there_and_taken_away():
+    found = specimen("ltx2-decoder")
+    model = found.build(tiny=True)
+    model.set_attn_processor(LTX2DecoderProcessor("blocked"))
+    latent = found.arguments(model, tiny=True)["z"]
+    with torch.no_grad():
+        video = model.decode(latent, generator=torch.Generator().manual_seed(0)).sample
+    assert video.isfinite().all()
+    model.set_attn_processor(decoder.LTX2VideoVaeNeighborhoodAttnProcessor())
+    assert not any(isinstance(p, LTX2DecoderProcessor) for p in model.attn_processors.values())
+
+
+UNMODIFIED = """
+import torch
+from diffusers.models.autoencoders import ltx2_diffusion_decoder as decoder
+from vicinal.integrations.diffusers import LTX2DecoderProcessor
+from vicinal.integrations.diffusers.zoo import specimen
+
+found = specimen("ltx2-decoder")
+torch.manual_seed(0)
+model = found.build(tiny=True)
+latent = found.arguments(model, tiny=True)["z"]
+videos = []
+for processor in (decoder.LTX2VideoVaeNeighborhoodNattenProcessor(), LTX2DecoderProcessor()):
+    model.set_attn_processor(processor)
+    with torch.no_grad():
+        videos.append(model.decode(latent, generator=torch.Generator().manual_seed(0)).sample)
+assert type(model.attn_processors.popitem()[1]) is LTX2DecoderProcessor
+print(torch.equal(*videos), videos[0].isfinite().all().item())
+"""
+
+
+def test_the_unmodified_processor_runs_our_kernel(tmp_path):
+    pytest.importorskip("kernels", reason="kernels is not installed: pip install -r requirements-models.txt")
+    variable, path = write_natten_kernel(tmp_path / "natten").split("=", 1)
+    # A process of its own: the library reads the variable once.
+    environment = {**os.environ, variable: path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", UNMODIFIED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_the_folder_is_written_again_but_nothing_else_is_overwritten(tmp_path):
+    first = write_natten_kernel(tmp_path / "here")
+    assert write_natten_kernel(tmp_path / "here") == first
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").write_text("mine")
+    with pytest.raises(InvalidProblem, match="DIR must be a new or empty folder, got .*other, which holds something"):
+        write_natten_kernel(tmp_path / "other")
+    assert [entry.name for entry in (tmp_path / "other").iterdir()] == ["precious.txt"]
+    with pytest.raises(InvalidProblem, match="DIR must hold no colon"):
+        write_natten_kernel(tmp_path / "a:b")
