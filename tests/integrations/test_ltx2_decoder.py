@@ -104,7 +104,7 @@ def test_the_folder_is_written_again_but_nothing_else_is_overwritten(tmp_path):
     assert write_natten_kernel(tmp_path / "here") == first
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("mine")
-    with pytest.raises(InvalidProblem, match="DIR must be a new or empty folder, got .*other, which holds something"):
+    with pytest.raises(InvalidProblem, match=r"DIR must be a new or empty folder, got .*other, which holds something"):
         write_natten_kernel(tmp_path / "other")
     assert [entry.name for entry in (tmp_path / "other").iterdir()] == ["precious.txt"]
     with pytest.raises(InvalidProblem, match="DIR must hold no colon"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vicinal.cli import figures, pictures, planning, trust
+from vicinal.cli import figures, generative, pictures, planning, trust
 from vicinal.errors import InvalidProblem, Unsupported
 
 INTERRUPTED = 130
@@ -82,6 +82,8 @@ for _command in (
     trust.check,
     trust.bench,
     figures.plot,
+    generative.e2e,
+    generative.natten_kernel,
     trust.doctor,
 ):
     app.command()(_command)

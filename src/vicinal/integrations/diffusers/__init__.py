@@ -1,4 +1,4 @@
-"""Our attention in the models of `diffusers`, 0.42: `sparsify` for transformers, and a processor for LTX-2.5's decoder."""
+"""Our attention in the models of diffusers 0.42: `sparsify` for transformers, a processor for LTX-2.5's decoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vicinal.integrations.sparsity import Length, Sparsity, Window, first_and_la
 if TYPE_CHECKING:
     from vicinal.integrations.diffusers.handle import Rule, Sparsified
 
-__all__ = ["LTX2DecoderProcessor", "Window", "sparsify"]
+__all__ = ["LTX2DecoderProcessor", "Window", "require_diffusers", "sparsify"]
 
 SUPPORTED = "0.42"
 """The minor version of diffusers whose processors ours stand in for."""
@@ -74,7 +74,7 @@ def sparsify(
         >>> from diffusers import WanTransformer3DModel  # doctest: +SKIP
         >>> handle = sparsify(WanTransformer3DModel(num_layers=2), kernel_size=(-1, 0.5, 0.5))  # doctest: +SKIP
     """
-    _check_version()
+    require_diffusers()
     from vicinal.integrations.diffusers.families import family_of
     from vicinal.integrations.diffusers.handle import Sparsified
 
@@ -138,7 +138,12 @@ def _check_model(preset: Preset, model: Any, layers: int) -> None:
         raise InvalidProblem(f"preset {preset.name!r} is made for another model: this one has {', '.join(wrong)}")
 
 
-def _check_version() -> None:
+def require_diffusers() -> None:
+    """Make sure that a version of diffusers is here which this package knows.
+
+    Raises:
+        Unsupported: if not.
+    """
     try:
         found = version("diffusers")
     except PackageNotFoundError:

@@ -14,7 +14,7 @@ from vicinal._tuples import canonical, times
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.integrations.diffusers.families import Family, family_of
 from vicinal.integrations.diffusers.processors import SparseProcessor
-from vicinal.integrations.sparsity import Window
+from vicinal.integrations.sparsity import Setting, Window
 
 Rule = Callable[[int, int], Window | None]
 """The window of a layer at a step, both counted from 0; `None` is dense attention."""
@@ -52,6 +52,11 @@ class Sparsified:
     def layers(self) -> tuple[str, ...]:
         """Names of the self-attention layers that have windows, in the order in which they run."""
         return tuple(name for name, _, _ in self._layers)
+
+    @property
+    def settings(self) -> list[Setting | None]:
+        """Window of each layer in the latest forward pass, in tokens; `None` where it is dense."""
+        return [ours.setting for _, ours in self._ours]
 
     def reset(self) -> None:
         """Let the next forward pass be step 0, whatever its timestep."""
@@ -99,8 +104,8 @@ class Sparsified:
             return 0, now
         return (self.step if now == self._timestep else self.step + 1), now
 
-    def _settings(self, grid: tuple[int, ...], step: int) -> list[Any]:
-        settings: list[Any] = []
+    def _settings(self, grid: tuple[int, ...], step: int) -> list[Setting | None]:
+        settings: list[Setting | None] = []
         for index, name in enumerate(self.layers):
             window = self._rule(index, step)
             try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +46,53 @@ class Specimen:
     tiny_text: int = 7
     joint: str | None = None
 
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it decodes in one pass instead of denoising in steps."""
+        return self.kind == "LTX2VideoDiffusionDecoderModel"
+
+    def layers(self, *, tiny: bool = False) -> int:
+        """Attention layers over the grid, of the whole model."""
+        return sum(self._counts(tiny).values())
+
+    def layers_of(self, model: nn.Module) -> int:
+        """The same of a model that may have been built shorter."""
+        config: Any = model.config
+        return sum(_total(config[name]) for name in self._counts(tiny=False))
+
+    def _counts(self, tiny: bool) -> dict[str, int]:
+        """Layers by the name of the argument that sets their number, defaults included."""
+        names = ("decoder_stage_depths",) if self.is_decoder else ("num_layers", "num_single_layers")
+        defaults = inspect.signature(getattr(diffusers, self.kind).__init__).parameters
+        given = self.tiny if tiny else self.config
+        return {name: _total(given.get(name, defaults[name].default)) for name in names if name in defaults}
+
     def build(
-        self, *, tiny: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        *,
+        tiny: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        layers: int | None = None,
     ) -> nn.Module:
-        """The model with random weights, drawn on the device itself, in `eval` mode."""
+        """The model with random weights, drawn on the device itself, in `eval` mode.
+
+        Args:
+            tiny, device, dtype: which configuration, where, in what.
+            layers: build about so many only, each kind of block in its proportion.
+        """
         kind = getattr(diffusers, self.kind)
+        config = dict(self.tiny if tiny else self.config)
+        if layers is not None:
+            counts = self._counts(tiny)
+            if self.is_decoder or not 1 <= layers <= sum(counts.values()):
+                raise InvalidProblem(f"layers must lie in [1, {sum(counts.values())}], and {self.name} be no decoder")
+            config |= {name: max(round(n * layers / sum(counts.values())), 1) for name, n in counts.items()}
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                model: nn.Module = kind(**(self.tiny if tiny else self.config))
+                model: nn.Module = kind(**config)
         finally:
             torch.set_default_dtype(before)
         return model.eval()
@@ -88,6 +126,10 @@ def specimen(name: str) -> Specimen:
     if name not in ZOO:
         raise InvalidProblem(f"model must be one of {', '.join(ZOO)}, got {name!r}")
     return ZOO[name]
+
+
+def _total(count: int | Sequence[int]) -> int:
+    return count if isinstance(count, int) else sum(count)
 
 
 def _time(make: Make) -> Tensor:

@@ -1,0 +1,87 @@
+"""`e2e`, `natten-kernel`: whole generative models."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vicinal.cli._console import Json, progress, say, say_json
+from vicinal.cli._options import SHAPE, numbers
+from vicinal.errors import InvalidProblem
+
+
+def e2e(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="flux, hunyuan-video, wan-14b, cosmos-7b, ...")],
+    grid: Annotated[str | None, typer.Option(metavar=SHAPE, help="Tokens per axis, if not the model's own.")] = None,
+    kernel_size: Annotated[
+        str | None, typer.Option("--kernel-size", "-k", metavar=SHAPE, help="Window: tokens, shares such as 0.5, -1.")
+    ] = None,
+    stride: Annotated[str, typer.Option("--stride", "-s", metavar=SHAPE, help="Queries that share a window.")] = "1",
+    dilation: Annotated[str, typer.Option("--dilation", "-d", metavar=SHAPE, help="Distance between keys.")] = "1",
+    preset: Annotated[str | None, typer.Option(help="Published windows by name, instead of --kernel-size.")] = None,
+    dense_steps: Annotated[int, typer.Option(help="Of --steps, how many stay dense.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a run.")] = 1,
+    layers: Annotated[int | None, typer.Option(help="Build only so many, and scale times up.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed passes of each way.")] = 3,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A configuration that any CPU runs.")] = False,
+    device: Annotated[str | None, typer.Option(help="Where: cpu, cuda, ...; by default the accelerator.")] = None,
+    table: Annotated[Path | None, typer.Option("--csv", help="Add the rows to this table.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Chart to write, PNG or SVG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a step of a whole model, dense and with windows, beside the simulator's prediction. Random weights."""
+    import torch
+
+    from vicinal.bench.e2e import measure, save
+    from vicinal.cli._machine import torch_device
+
+    place = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    window: dict[str, Any] = {}
+    if kernel_size is not None:
+        lengths = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        window = {name: _lengths(text, name) for name, text in lengths.items()}
+    elif (stride, dilation) != ("1", "1"):
+        raise InvalidProblem("stride and dilation need --kernel-size")
+    if preset is not None:
+        window["preset"] = preset
+    with progress(model) as update:
+        found = measure(
+            model,
+            window=window,
+            grid=None if grid is None else numbers(grid, "grid"),
+            tiny=tiny,
+            layers=layers,
+            repeats=repeats,
+            dense_steps=dense_steps,
+            steps=steps,
+            device=place,
+            progress=update,
+        )
+    if table is not None:
+        save(table, [found])
+    if as_json:
+        say_json(found.rows())
+    else:
+        say(found)
+    if out is not None:
+        from vicinal.bench.e2e_chart import draw
+
+        say(f"wrote {draw([found], out)}")
+
+
+def natten_kernel(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+) -> None:
+    """Write a folder with which unmodified code that loads NATTEN by `kernels` runs our functions instead."""
+    from vicinal.integrations.natten_kernel import write_natten_kernel
+
+    say(f"export {write_natten_kernel(folder)}")
+
+
+def _lengths(text: str, name: str) -> Any:
+    """`18x24x24`, `-1x0.5x0.5`, `7`: tokens, or shares where there is a point."""
+    try:
+        values = tuple(float(part) if "." in part else int(part) for part in text.lower().replace(",", "x").split("x"))
+    except ValueError:
+        raise InvalidProblem(f"{name} must be tokens or shares joined by x, such as 18x24x24, got {text!r}") from None
+    return values[0] if len(values) == 1 else values
