@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vicinal.functional import neighborhood_attention
+
+FRAMES = 4
+"""Frames that are rotated at once: large videos are to need no second copy in float32."""
 
 
 class LTX2DecoderProcessor:
@@ -14,8 +18,9 @@ class LTX2DecoderProcessor:
 
         decoder.set_attn_processor(LTX2DecoderProcessor())
 
-    The window is the model's own, so nothing but time and memory changes: no mask is ever built, on any device.
-    `decoder.set_attn_processor(LTX2VideoVaeNeighborhoodAttnProcessor())` goes back.
+    The window is the model's own, so nothing but time and memory changes: no mask is ever built, on any device,
+    and queries and keys are rotated in place. `decoder.set_attn_processor(LTX2VideoVaeNeighborhoodAttnProcessor())`
+    goes back.
 
     Args:
         backend: insist on one of ours by name, see `vicinal.explain`.
@@ -25,7 +30,41 @@ class LTX2DecoderProcessor:
         self.backend = backend
 
     def __call__(self, attn: Any, hidden_states: Tensor, block_mask: None = None) -> Tensor:
-        query, key, value = attn.project_qkv(hidden_states)
-        # The query brings its scale along.
-        out = neighborhood_attention(query, key, value, attn.kernel_size, scale=1.0, backend=self.backend)
+        if torch.is_grad_enabled():
+            query, key, value = attn.project_qkv(hidden_states)
+            scale = 1.0  # the model's own projection has scaled the query
+        else:
+            heads = (attn.heads, attn.head_dim)
+            query = _rotated(attn.norm_q(attn.to_q(hidden_states).unflatten(-1, heads)), attn.rope)
+            key = _rotated(attn.norm_k(attn.to_k(hidden_states).unflatten(-1, heads)), attn.rope)
+            value = attn.to_v(hidden_states).unflatten(-1, heads)
+            scale = attn.scale
+        out = neighborhood_attention(query, key, value, attn.kernel_size, scale=scale, backend=self.backend)
+        del query, key, value
         return attn.to_out[0](out.flatten(-2))
+
+
+def _rotated(x: Tensor, rope: Any) -> Tensor:
+    """The model's rotary positions on `x [B, T, H, W, heads, D]`, in place.
+
+    A pair of channels is a complex number, and its rotation a product with `exp(i * position * frequency)`,
+    where each axis of the grid owns a run of pairs. In float32, as the model does it, or wider.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first = 0
+    turns: list[tuple[slice, Tensor]] = []
+    for axis, channels in enumerate(rope.rope_dim_split, start=1):
+        positions = torch.arange(x.shape[axis], device=x.device, dtype=torch.float32)
+        angles = positions[:, None] * rope._inv_freqs(channels, x.device)[None, :]
+        shape = [1, 1, 1, 1, 1, channels // 2]
+        shape[axis] = len(positions)
+        pairs = slice(first // 2, (first + channels) // 2)
+        turns.append((pairs, torch.polar(torch.ones_like(angles), angles).view(shape)))
+        first += channels
+    for begin in range(0, x.shape[1], FRAMES):
+        frames = x[:, begin : begin + FRAMES]
+        numbers = torch.view_as_complex(frames.to(wide, copy=True).unflatten(-1, (-1, 2)))
+        for axis, (pairs, turn) in enumerate(turns):
+            numbers[..., pairs] *= turn[:, begin : begin + FRAMES] if axis == 0 else turn
+        frames.copy_(torch.view_as_real(numbers).flatten(-2))
+    return x

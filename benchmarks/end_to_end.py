@@ -1,0 +1,70 @@
+"""The full-size runs behind the table of generative models: `end_to_end.py TABLE.csv [SECONDS [CASE ...]]`.
+
+Cases come in the order of what they tell; none is begun when the seconds are over.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+
+from vicinal.bench import e2e
+from vicinal.integrations.diffusers import sparsify
+from vicinal.integrations.diffusers.zoo import specimen
+
+CASES: tuple[dict[str, Any], ...] = (
+    {"name": "flux", "dense_steps": 9, "steps": 28},
+    {"name": "hunyuan-video", "dense_steps": 15, "steps": 50},
+    {"name": "cosmos-predict2-2b"},
+    {"name": "wan-14b"},
+    {"name": "cosmos-7b", "dense_steps": 12, "steps": 35},
+    {"name": "ltx2-decoder", "grid": (16, 34, 60)},
+    {"name": "hunyuan-video", "grid": (33, 45, 80), "window": {"kernel_size": (18, 24, 24)}},
+)
+
+
+def check() -> None:
+    """The backend that is chosen here against the portable one, on two whole blocks in 16 bits."""
+    found = specimen("flux")
+    model = found.build(device="cuda", dtype=torch.bfloat16, layers=4)
+    arguments = found.arguments(model, (37, 50))
+    outputs = []
+    for backend in ("", "blocked"):
+        os.environ["VICINAL_BACKEND"] = backend
+        with torch.no_grad(), sparsify(model, (12, 15), stride=(4, 1)):
+            outputs.append(model(**arguments, return_dict=False)[0].double())
+    os.environ.pop("VICINAL_BACKEND")
+    with torch.no_grad():
+        dense = model(**arguments, return_dict=False)[0].double()
+    difference, felt = ((other - outputs[1]).norm() / outputs[1].norm() for other in (outputs[0], dense))
+    print(f"flux, 4 blocks: backends differ by {difference:.2e}, dense attention by {felt:.2e}")
+    assert difference < felt / 3
+
+
+def main(table: str, seconds: float = 1e9, *numbers: float) -> None:
+    begin = time.perf_counter()
+    check()
+    for case in [CASES[int(n)] for n in numbers] or CASES:
+        if time.perf_counter() - begin > seconds:
+            print(f"no time for {case}")
+            continue
+        try:
+            result = e2e.measure(**case, repeats=1, device="cuda")
+        except Exception:
+            traceback.print_exc()
+            result = None
+        if result is not None:
+            e2e.save(table, [result])
+            print(f"{result}\n({time.perf_counter() - begin:.0f} s so far)\n", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(float, sys.argv[2:]))
