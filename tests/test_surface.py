@@ -36,7 +36,9 @@ def test_surface():
         "na1d",
         "na2d",
         "na3d",
+        "neighborhood_aggregate",
         "neighborhood_attention",
+        "neighborhood_scores",
         "simulate",
         "suggest",
     }

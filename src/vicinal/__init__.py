@@ -9,6 +9,7 @@ from vicinal.problem import Problem
 from vicinal.simulate import simulate
 from vicinal.suggest import suggest
 from vicinal.tiling import Tiling
+from vicinal.unfused import neighborhood_aggregate, neighborhood_scores
 
 __version__ = "0.1.0"
 
@@ -26,7 +27,9 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
+    "neighborhood_aggregate",
     "neighborhood_attention",
+    "neighborhood_scores",
     "simulate",
     "suggest",
 ]

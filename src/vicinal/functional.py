@@ -161,7 +161,7 @@ def attention_with_lse(
         *floats[:5],
         additional_lengths,
         floats[5],
-        *(_each(setting, rank) for setting in settings.values()),
+        *(each(setting, rank) for setting in settings.values()),
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         backend or "",
         ops.encode(tiling),
@@ -299,7 +299,8 @@ na2d = _natten(2, "10, 14")
 na3d = _natten(3, "5, 6, 8")
 
 
-def _each(value: Any, rank: int) -> list[Any]:
+def each(value: Any, rank: int) -> list[Any]:
+    """One value per axis, as an operator's schema wants them."""
     return list(value) if isinstance(value, (tuple, list)) else [value] * rank
 
 
