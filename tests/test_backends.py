@@ -28,6 +28,7 @@ from vicinal.testing import LAWS, Law, check_backend
 from vicinal.testing.cases import make_inputs, make_output_gradients, random_problem
 from vicinal.testing.laws import Trial, equals_the_oracle, random_tiling
 from vicinal.testing.strategies import problems, seeds
+from vicinal.tiling import Tiling
 
 CPU = torch.device("cpu")
 SLACK = 8.0
@@ -405,6 +406,22 @@ def test_no_two_workers_add_to_one_head(workers: int, drawn: Problem):
                 rows, heads = (range(piece.start, piece.stop) for piece in (chunk.units[0], chunk.units[-1]))
                 for head in itertools.product(rows, heads):
                     assert owners.setdefault(head, number) == number
+
+
+@pytest.mark.parametrize("kernel_size", [31, 83])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_are_batched_only_where_they_are_alike(kernel_size: int, bias: bool):
+    """One long column of one unit: inside, rows move on with their keys; where the window is the axis, beside them."""
+    shape = Problem.grid((83,), kernel_size, heads=1, head_dim=8, dtype="float64", position_bias=bias)
+    inputs = make_inputs(shape, CPU, seed=3)
+    grads = make_output_gradients(shape, CPU, seed=3)
+    cut = make_plan(shape, Tiling((4,), (83,)))
+    bands = [[len(band.rows) for band in c.bands] for part in blocked.Forward(cut, inputs).walk() for _, c in part]
+    assert max(max(lengths) for lengths in bands) == (1 if bias else 7 if kernel_size == 31 else 11)
+    backward = [b.backward(cut, inputs, b.forward(cut, inputs), *grads) for b in (blocked.backend, reference.backend)]
+    for name, ours, theirs in zip(backward[0]._fields, *backward, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_environment_names_a_backend_and_a_call_overrules_it(monkeypatch: pytest.MonkeyPatch):

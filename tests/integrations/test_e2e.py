@@ -43,9 +43,7 @@ def test_a_stopwatch_tells_attention_over_the_grid_from_the_rest():
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
         torch.nn.functional.scaled_dot_product_attention(x, short, short)
         torch.nn.functional.scaled_dot_product_attention(short, x, x)
-        torch.ops.vicinal.attention(
-            *(x.transpose(1, 2),) * 3, *[None] * 4, [3], [1], [1], [False], 1.0, "", [], False
-        )
+        torch.ops.vicinal.attention(*(x.transpose(1, 2),) * 3, *[None] * 4, [3], [1], [1], [False], 1.0, "", [], False)
         x.flatten(0, 2) @ x.flatten(0, 2).T
         x + 1
     assert {part: len(watch._marks.get(part, ())) for part in PARTS} == {GRID: 3, OTHER: 1, PRODUCTS: 1, REST: 0}

@@ -252,10 +252,8 @@ class Chunk:
 def _continues(rows: Sequence[Tile]) -> bool:
     """Whether the last of these rows is like the first, and as far from the one before as the second is."""
     (first, second), (before, last) = rows[:2], rows[-2:]
-    return (last.pattern, length(last.keys)) == (
-        first.pattern,
-        length(first.keys),
-    ) and last.keys.start - before.keys.start == second.keys.start - first.keys.start
+    is_alike = last.pattern == first.pattern and length(last.keys) == length(first.keys)
+    return is_alike and last.keys.start - before.keys.start == second.keys.start - first.keys.start
 
 
 def chunks(part: Part, units: Sequence[int], groups: int, width: int, run: int, workers: int = 1) -> Iterator[Chunk]:
