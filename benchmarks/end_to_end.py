@@ -49,7 +49,8 @@ def check() -> None:
 
 def main(table: str, seconds: float = 1e9, *numbers: float) -> None:
     begin = time.perf_counter()
-    check()
+    if not numbers:
+        check()
     for case in [CASES[int(n)] for n in numbers] or CASES:
         if time.perf_counter() - begin > seconds:
             print(f"no time for {case}")

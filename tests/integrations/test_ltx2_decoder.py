@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,3 +126,10 @@ def test_the_folder_is_written_again_but_nothing_else_is_overwritten(tmp_path):
     assert [entry.name for entry in (tmp_path / "other").iterdir()] == ["precious.txt"]
     with pytest.raises(InvalidProblem, match="DIR must hold no colon"):
         write_natten_kernel(tmp_path / "a:b")
+
+
+def test_the_example_decodes(monkeypatch, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "ltx2_decoder.py"))
+    monkeypatch.setattr(sys, "argv", ["ltx2_decoder.py"])
+    example["main"]()
+    assert "(1, 8, 2, 3, 4) -> (1, 3, 9, 96, 128) in" in capsys.readouterr().out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -454,3 +456,39 @@ def test_the_handle_says_what_it_is():
     assert str(handle).endswith("4x6x7 tokens at step 0")
     handle.remove()
     assert str(handle).endswith("removed")
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan_video", "wan", "cosmos_predict2", "ltx_video"])
+def test_examples_denoise_as_dense_attention_under_the_same_mask_does(name, monkeypatch, capsys):
+    example = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    found = specimen(example["MODEL"])
+    model = found.build(tiny=True)
+    arguments = found.arguments(model, tiny=True)
+    windows = dict(example["WINDOWS"])
+    dense = windows.pop("dense_layers", (0, 0))
+    first, last = (dense, 0) if isinstance(dense, int) else dense
+    setting = Window(**windows).on(found.tiny_grid)
+    assert setting is not None
+    seen = mask_of(found.tiny_grid, setting.kernel_size, stride=setting.stride, dilation=setting.dilation)
+    layers = found.layers(tiny=True)
+    steps = 3
+
+    def of(call: int) -> Tensor | None:
+        return seen if first <= call % layers < layers - last else None
+
+    with masked(model, of, torch.Size(found.tiny_grid).numel()):
+        wanted = example["denoise"](model, arguments, steps)
+    with sparsify(model, **example["WINDOWS"]) as handle:
+        torch.testing.assert_close(example["denoise"](model, arguments, steps), wanted)
+        assert handle.step == steps - 1
+    monkeypatch.setattr(sys, "argv", [name])
+    example["main"]()
+    assert "windows changed the result by" in capsys.readouterr().out
+
+
+def test_examples_are_short():
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) < 80
