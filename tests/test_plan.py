@@ -62,6 +62,23 @@ def test_a_tile_pair_is_empty_full_or_masked_as_the_dense_mask_says(axis: Axis, 
 
 
 @given(axes(most=50), near_multiples(20), near_multiples(20), origins)
+def test_an_inverse_span_says_which_queries_see_some_and_which_see_all_of_its_keys(
+    axis: Axis, rows: int, columns: int, origin: str
+):
+    plan = AxisPlan(axis, rows, columns, origin, is_inverse=True)
+    full = 0
+    for span in plan.spans:
+        dense = group_mask(axis, span.group).T[span.first : span.last]
+        some, every = dense.any(0).nonzero()[:, 0].tolist(), dense.all(0).nonzero()[:, 0].tolist()
+        assert list(range(span.start, span.stop)) == some
+        assert list(range(span.full_start, span.full_stop)) == every
+        assert span.visited == -(-(span.stop - span.origin) // columns)
+        full += len(span.full_tiles)
+    assert plan.full == full
+    assert sum(span.last - span.first for span in plan.spans) == axis.length
+
+
+@given(axes(most=50), near_multiples(20), near_multiples(20), origins)
 def test_a_span_says_what_some_and_what_all_of_its_queries_see(axis: Axis, q_tile: int, kv_tile: int, origin: str):
     for span in AxisPlan(axis, q_tile, kv_tile, origin).spans:
         dense = group_mask(axis, span.group)[span.first : span.last]

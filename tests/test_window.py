@@ -152,3 +152,10 @@ def test_worked_example(name: str):
     axis, rows = EXAMPLES[name]
     wanted = [[int(digit, 16) for digit in row] for row in rows.split()]
     assert [list(axis.window(query)) for query in range(axis.length)] == wanted
+
+
+@given(axis=axes())
+def test_viewers_are_the_queries_whose_window_holds_the_key(axis: Axis):
+    windows = [axis.window(query) for query in range(axis.length)]
+    for key in range(axis.length):
+        assert list(axis.viewers(key)) == [query for query, window in enumerate(windows) if key in window]

@@ -55,12 +55,18 @@ class Span:
 
 @dataclass(frozen=True)
 class AxisPlan:
-    """One axis, cut into query tiles, each with its span of KV tiles."""
+    """One axis, cut into query tiles, each with its span of KV tiles.
+
+    If `is_inverse`, queries and keys have changed places in all that is said here: the axis is cut into
+    tiles of keys, of `q_tile` tokens, each with the span of the queries that see it. That is what the
+    gradients of keys and values walk.
+    """
 
     axis: Axis
     q_tile: int
     kv_tile: int
     kv_origin: str = "free"
+    is_inverse: bool = False
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -68,11 +74,12 @@ class AxisPlan:
         return tuple(span for group, axis in enumerate(self.axis.subaxes()) for span in self._spans(group, axis))
 
     def _spans(self, group: int, axis: Axis) -> Iterable[Span]:
+        sees = axis.viewers if self.is_inverse else axis.window
         for first in range(0, axis.length, self.q_tile):
             last = min(first + self.q_tile, axis.length)
             # Both ends of a window move monotonically with the query, so the first and the last
             # query of a tile bound its union and its intersection, and neither has holes.
-            early, late = axis.window(first), axis.window(last - 1)
+            early, late = sees(first), sees(last - 1)
             origin = early.start if self.kv_origin == "free" else early.start // self.kv_tile * self.kv_tile
             full_start = ceil_div(late.start - origin, self.kv_tile)
             full_stop = max((early.stop - origin) // self.kv_tile, full_start)

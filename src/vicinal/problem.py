@@ -9,7 +9,7 @@ from typing import Any
 
 from vicinal._tuples import canonical, ceil_div, times
 from vicinal.errors import InvalidProblem
-from vicinal.window import window
+from vicinal.window import viewers, window
 
 FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 """Supported element types, with their size in bytes."""
@@ -58,6 +58,17 @@ class Axis:
         """Keys that `query` attends to along this axis."""
         return window(
             query,
+            self.length,
+            self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            is_causal=self.is_causal,
+        )
+
+    def viewers(self, key: int) -> range:
+        """Queries that attend to `key` along this axis."""
+        return viewers(
+            key,
             self.length,
             self.kernel_size,
             stride=self.stride,

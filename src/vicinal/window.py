@@ -49,3 +49,40 @@ def window(
         first = min(max(leader - kernel_size // 2, 0), members - kernel_size)
         last = first + kernel_size - 1
     return range(group + first * dilation, group + last * dilation + 1, dilation)
+
+
+def viewers(
+    key: int, length: int, kernel_size: int, *, stride: int = 1, dilation: int = 1, is_causal: bool = False
+) -> range:
+    """Positions along an axis whose windows hold the token at `key`: `window`, read the other way.
+
+    Both ends of a window move monotonically with its query, so the queries that see a key are a run
+    inside its dilation group. They begin with the first whose window has not ended before the key
+    and end with the stride group whose window is the last to begin by then.
+
+    Args:
+        key: token index in `[0, length)`.
+        length, kernel_size, stride, dilation, is_causal: as for `window`.
+
+    Returns:
+        The queries, as a `range` whose step is `dilation`.
+
+    Example:
+        >>> list(viewers(0, 8, 3)), list(viewers(4, 8, 3))
+        ([0, 1], [3, 4, 5])
+    """
+    group, member = key % dilation, key // dilation
+    members = ceil_div(length - group, dilation)
+
+    def begun_by(place: int) -> int:
+        """How many queries have windows that begin at `place` or before; those are the first ones."""
+        if place >= members - kernel_size:
+            return members
+        reach, lead = (kernel_size - 1, stride - 1) if is_causal else (kernel_size // 2, stride // 2)
+        return min(((place + reach - lead) // stride + 1) * stride, members)
+
+    stop = begun_by(member)
+    start = 0 if member < kernel_size else begun_by(member - kernel_size)
+    if is_causal:
+        start = member
+    return range(group + start * dilation, group + (stop - 1) * dilation + 1, dilation)

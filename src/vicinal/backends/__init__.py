@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
-from vicinal.backends import blocked, hopper, reference
+from vicinal.backends import blocked, hopper, reference, triton
 from vicinal.backends.base import Backend
 from vicinal.backends.blocked import fused
+from vicinal.backends.devices import present
 from vicinal.errors import InvalidProblem, Unsupported
-from vicinal.hardware import KNOWN, Hardware
+from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 
-ALL: tuple[Backend, ...] = (hopper.backend, fused.backend, blocked.backend, reference.backend)
+ALL: tuple[Backend, ...] = (hopper.backend, triton.backend, fused.backend, blocked.backend, reference.backend)
 
 VARIABLE = "VICINAL_BACKEND"
 """The one environment variable: a backend's name, used where a call names none."""
@@ -66,8 +66,9 @@ def explain(
     Example:
         >>> print(explain(Problem.grid((8, 12), kernel_size=3), Hardware.named("a100-80gb")))
         hopper     no   needs sm_90, this is cuda sm_80
+        triton     yes  <- chosen
         fused      no   runs on CPUs only, this is cuda
-        blocked    yes  <- chosen
+        blocked    yes
         reference  yes
     """
     hardware = present(_default_device()) if hardware is None else hardware
@@ -101,36 +102,6 @@ def choose(problem: Problem, hardware: Hardware, name: str | None = None, *, nee
     name = name or os.environ.get(VARIABLE)
     who = f"backend {name!r} declines" if name else "no backend runs"
     raise Unsupported(f"{who} this problem ({problem}) on {hardware.name}:\n{found}")
-
-
-@lru_cache(maxsize=32)
-def present(device: torch.device) -> Hardware:
-    """The hardware behind a PyTorch device: a known record where the name is known, else what can be read off."""
-    if device.type != "cuda":
-        return Hardware(device.type, device.type, (0, 0), os.cpu_count() or 1, 0, 0, 0, 0.0, (), "not a known device")
-    properties = torch.cuda.get_device_properties(device)
-    arch = (0, 0) if torch.version.hip else (properties.major, properties.minor)
-    for record in KNOWN.values():
-        # Names such as "NVIDIA H100 80GB HBM3"; memory tells variants of one chip apart.
-        chip = record.name.split("-")[0].upper()
-        if (
-            record.arch == arch
-            and chip in properties.name.upper().replace(" ", "")
-            and record.units == (properties.multi_processor_count)
-        ):
-            return record
-    return Hardware(
-        name=properties.name,
-        kind="cuda",
-        arch=arch,
-        units=properties.multi_processor_count,
-        smem_bytes=getattr(properties, "shared_memory_per_block_optin", 0),
-        l2_bytes=getattr(properties, "L2_cache_size", 0),
-        memory_bytes=properties.total_memory,
-        bandwidth_bytes_per_s=0.0,
-        flops_per_s=(),
-        source="read off the device",
-    )
 
 
 def _default_device() -> torch.device:

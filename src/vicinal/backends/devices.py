@@ -1,0 +1,40 @@
+"""The hardware behind a PyTorch device."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+
+from vicinal.hardware import KNOWN, Hardware
+
+
+@lru_cache(maxsize=32)
+def present(device: torch.device) -> Hardware:
+    """The hardware behind a PyTorch device: a known record where the name is known, else what can be read off."""
+    if device.type != "cuda":
+        return Hardware(device.type, device.type, (0, 0), os.cpu_count() or 1, 0, 0, 0, 0.0, (), "not a known device")
+    properties = torch.cuda.get_device_properties(device)
+    arch = (0, 0) if torch.version.hip else (properties.major, properties.minor)
+    for record in KNOWN.values():
+        # Names such as "NVIDIA H100 80GB HBM3"; memory tells variants of one chip apart.
+        chip = record.name.split("-")[0].upper()
+        if (
+            record.arch == arch
+            and chip in properties.name.upper().replace(" ", "")
+            and record.units == (properties.multi_processor_count)
+        ):
+            return record
+    return Hardware(
+        name=properties.name,
+        kind="cuda",
+        arch=arch,
+        units=properties.multi_processor_count,
+        smem_bytes=getattr(properties, "shared_memory_per_block_optin", 0),
+        l2_bytes=getattr(properties, "L2_cache_size", 0),
+        memory_bytes=properties.total_memory,
+        bandwidth_bytes_per_s=0.0,
+        flops_per_s=(),
+        source="read off the device",
+    )

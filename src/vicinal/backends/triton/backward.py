@@ -1,0 +1,254 @@
+"""The backward pass, in passes that never add to memory: the same inputs give the same bits.
+
+    P = exp(scale Q K^T - lse),   dS = P * (dO V^T - delta),   delta = rowsum(dO * O) - dlse
+    dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO
+
+`query_gradients` walks the keys of a tile of queries, and leaves delta to the others;
+`key_gradients` walks the queries that see a tile of keys; `additional_gradients` walks all queries.
+"""
+
+import triton
+import triton.language as tl
+
+from vicinal.backends.triton.tile import (
+    additional_at,
+    boxes_of,
+    exist,
+    is_full,
+    load,
+    mask_of,
+    moved,
+    next_box,
+    store,
+    tile_of,
+    token_at,
+    tokens_in,
+    valid_additional,
+    vector_at,
+    vectors_in,
+    windows_of,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def score_gradients(p, do, v, shift, V: tl.constexpr):
+    """`dS` from `P`."""
+    return p * (tl.dot(do, tl.trans(v), input_precision=V.precision) - shift[:, None])
+
+
+@triton.jit
+def add_key_gradients(p, q, do, v, shift, dk, dv, V: tl.constexpr):
+    """What the queries of a box add to the gradients of a tile of keys and values."""
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=V.precision)
+    ds = score_gradients(p, do, v, shift, V)
+    return tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=V.precision), dv
+
+
+@triton.jit
+def query_gradients(
+    query, key, value, out, more_key, more_value, grad_out, grad_query, lse, grad_lse, delta, lengths, axes, steps,
+    heads, group, additional, scale, V: tl.constexpr,
+):  # fmt: skip
+    """One block: the gradients of one tile of queries of one head, and their delta.
+
+    Args:
+        query, key, value, out, more_key, more_value, lengths: as in `forward.forward`.
+        grad_out, grad_query: `[B, *S, H, D]`.
+        lse, grad_lse, delta: `[B, *S, H]`, the last one written.
+        axes, steps, heads, group, additional, scale, V: as in `forward.forward`.
+    """
+    ROWS: tl.constexpr = V.rows
+    COLUMNS: tl.constexpr = V.columns
+    R: tl.constexpr = V.row_count
+    D: tl.constexpr = V.depth
+    DV: tl.constexpr = V.depth_v
+    tile = tile_of(axes, heads, V)
+    head_kv = tile.head // group
+    t = tile.t.first
+    h = tile.h.first
+    w = tile.w.first
+    here = exist(ROWS, t, h, w, tile, V)
+    at = vector_at(query, t, h, w, tile, tile.head, axes, steps.query, V)
+    q = load(at, vectors_in(ROWS, axes, steps.query, V), here, V.head_dim, D)
+    at = vector_at(grad_out, t, h, w, tile, tile.head, axes, steps.grad_out, V)
+    do = load(at, vectors_in(ROWS, axes, steps.grad_out, V), here, V.head_dim_v, DV)
+    at = vector_at(out, t, h, w, tile, tile.head, axes, steps.out, V)
+    o = load(at, vectors_in(ROWS, axes, steps.out, V), here, V.head_dim_v, DV)
+    token = token_at(tile.batch, t, h, w, tile, axes)
+    place = (token + tokens_in(ROWS, axes)) * heads + tile.head
+    shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.load(grad_lse + place, mask=here, other=0.0)
+    tl.store(delta + place, shift, mask=here)
+    sums = tl.load(lse + place, mask=here, other=0.0) * LOG2_E
+    windows = windows_of(
+        ROWS, tile.t.first, tile.h.first, tile.w.first, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes
+    )
+    key_at = vector_at(key, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.key, V)
+    value_at = vector_at(value, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.value, V)
+    key_offsets = vectors_in(COLUMNS, axes, steps.key, V)
+    value_offsets = vectors_in(COLUMNS, axes, steps.value, V)
+    dq = tl.zeros([R, D], tl.float32)
+    t = 0
+    h = 0
+    w = 0
+    for _ in tl.range(0, boxes_of(tile, V)):
+        near = exist(COLUMNS, tile.t.origin + t, tile.h.origin + h, tile.w.origin + w, tile, V)
+        k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
+        v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
+        scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+        p = tl.exp2(scores * scale - sums[:, None])
+        if V.masked:
+            if not is_full(t, h, w, tile, V):
+                p = tl.where(mask_of(windows, COLUMNS, t, h, w, V), p, 0.0)
+        ds = score_gradients(p, do, v, shift, V)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=V.precision)
+        t, h, w = next_box(t, h, w, tile, V)
+    if V.has_additional:
+        valid = valid_additional(lengths, tile.batch, additional)
+        key_at = additional_at(more_key, tile.batch, head_kv, steps.more_key, V)
+        value_at = additional_at(more_value, tile.batch, head_kv, steps.more_value, V)
+        for start in tl.range(0, valid, V.column_count):
+            number = start + tl.arange(0, V.column_count)
+            near = number < valid
+            k = load(key_at, number.to(tl.int64) * steps.more_key.w * V.unit, near, V.head_dim, D)
+            v = load(value_at, number.to(tl.int64) * steps.more_value.w * V.unit, near, V.head_dim_v, DV)
+            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+            p = tl.where(near[None, :], tl.exp2(scores * scale - sums[:, None]), 0.0)
+            ds = score_gradients(p, do, v, shift, V)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=V.precision)
+    at = vector_at(grad_query, tile.t.first, tile.h.first, tile.w.first, tile, tile.head, axes, steps.grad_query, V)
+    store(at, vectors_in(ROWS, axes, steps.grad_query, V), here, dq * (scale * LN2), V.head_dim, D)
+
+
+@triton.jit
+def key_gradients(
+    query, key, value, grad_out, grad_key, grad_value, lse, delta, axes, steps, heads, group, scale, V: tl.constexpr
+):
+    """One block: the gradients of one tile of keys and values of one head. Rows are keys here.
+
+    Args:
+        query, key, value: as in `forward.forward`.
+        grad_out: `[B, *S, H, Dv]`; grad_key, grad_value: `[B, *S, Hkv, D]`.
+        lse, delta: `[B, *S, H]`.
+        axes, steps, heads, group, scale, V: as in `forward.forward`.
+    """
+    ROWS: tl.constexpr = V.rows
+    COLUMNS: tl.constexpr = V.columns
+    R: tl.constexpr = V.row_count
+    D: tl.constexpr = V.depth
+    DV: tl.constexpr = V.depth_v
+    tile = tile_of(axes, heads // group, V)
+    t = tile.t.first
+    h = tile.h.first
+    w = tile.w.first
+    here = exist(ROWS, t, h, w, tile, V)
+    at = vector_at(key, t, h, w, tile, tile.head, axes, steps.key, V)
+    k = load(at, vectors_in(ROWS, axes, steps.key, V), here, V.head_dim, D)
+    at = vector_at(value, t, h, w, tile, tile.head, axes, steps.value, V)
+    v = load(at, vectors_in(ROWS, axes, steps.value, V), here, V.head_dim_v, DV)
+    query_offsets = vectors_in(COLUMNS, axes, steps.query, V)
+    grad_offsets = vectors_in(COLUMNS, axes, steps.grad_out, V)
+    in_box = tokens_in(COLUMNS, axes)
+    dk = tl.zeros([R, D], tl.float32)
+    dv = tl.zeros([R, DV], tl.float32)
+    for member in tl.range(0, group):
+        head = tile.head * group + member
+        query_at = vector_at(query, tile.t.origin, tile.h.origin, tile.w.origin, tile, head, axes, steps.query, V)
+        grad_at = vector_at(grad_out, tile.t.origin, tile.h.origin, tile.w.origin, tile, head, axes, steps.grad_out, V)
+        t = 0
+        h = 0
+        w = 0
+        for _ in tl.range(0, boxes_of(tile, V)):
+            first_t = tile.t.origin + t
+            first_h = tile.h.origin + h
+            first_w = tile.w.origin + w
+            near = exist(COLUMNS, first_t, first_h, first_w, tile, V)
+            number = token_at(tile.batch, first_t, first_h, first_w, tile, axes) + in_box
+            q = load(moved(query_at, t, h, w, axes, steps.query, V), query_offsets, near, V.head_dim, D)
+            do = load(moved(grad_at, t, h, w, axes, steps.grad_out, V), grad_offsets, near, V.head_dim_v, DV)
+            # What is beyond the grid has an infinite sum, hence no weight.
+            sums = tl.load(lse + number * heads + head, mask=near, other=float("inf")) * LOG2_E
+            shift = tl.load(delta + number * heads + head, mask=near, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+            p = tl.exp2(scores * scale - sums[:, None])
+            if V.masked:
+                if not is_full(t, h, w, tile, V):
+                    windows = windows_of(
+                        COLUMNS, first_t, first_h, first_w, tile.t.first, tile.h.first, tile.w.first, tile, axes
+                    )
+                    p = tl.where(mask_of(windows, ROWS, 0, 0, 0, V), p, 0.0)
+            dk, dv = add_key_gradients(p, q, do, v, shift, dk, dv, V)
+            t, h, w = next_box(t, h, w, tile, V)
+    t = tile.t.first
+    h = tile.h.first
+    w = tile.w.first
+    at = vector_at(grad_key, t, h, w, tile, tile.head, axes, steps.grad_key, V)
+    store(at, vectors_in(ROWS, axes, steps.grad_key, V), here, dk * (scale * LN2), V.head_dim, D)
+    at = vector_at(grad_value, t, h, w, tile, tile.head, axes, steps.grad_value, V)
+    store(at, vectors_in(ROWS, axes, steps.grad_value, V), here, dv, V.head_dim_v, DV)
+
+
+@triton.jit
+def scattered(number, batch, head, axes, steps, V: tl.constexpr):
+    """Offsets of the vectors of tokens of any number, in elements from the start of the tensor."""
+    units = batch.to(tl.int64) * steps.batch + head.to(tl.int64) * steps.head
+    line = number // axes[2].length
+    units += (number - line * axes[2].length).to(tl.int64) * steps.w
+    plane = line // axes[1].length
+    units += (line - plane * axes[1].length).to(tl.int64) * steps.h
+    return (units + plane.to(tl.int64) * steps.t) * V.unit
+
+
+@triton.jit
+def additional_gradients(
+    query, more_key, more_value, grad_out, lse, delta, partial_key, partial_value, lengths, axes, steps,
+    heads, group, additional, chunk, scale, V: tl.constexpr,
+):  # fmt: skip
+    """One block: what one chunk of the queries adds to the gradients of one tile of additional keys and values.
+
+    Args:
+        query, more_key, more_value, grad_out, lse, delta, lengths: as in the other passes.
+        partial_key, partial_value: `[chunks, B, M, Hkv, D]`, float32.
+        chunk: queries in a chunk.
+        axes, steps, heads, group, additional, scale, V: as in `forward.forward`.
+    """
+    R: tl.constexpr = V.row_count
+    D: tl.constexpr = V.depth
+    DV: tl.constexpr = V.depth_v
+    heads_kv = heads // group
+    tiles = tl.cdiv(additional, R)
+    index = tl.program_id(0)
+    row = index % tiles * R + tl.arange(0, R)
+    index = index // tiles
+    head_kv = index % heads_kv
+    batch = index // heads_kv
+    tokens = axes[0].length * axes[1].length * axes[2].length
+    stop = tl.minimum((tl.program_id(1) + 1) * chunk, tokens)
+    valid = valid_additional(lengths, batch, additional)
+    here = row < valid
+    at = additional_at(more_key, batch, head_kv, steps.more_key, V)
+    k = load(at, row.to(tl.int64) * steps.more_key.w * V.unit, here, V.head_dim, D)
+    at = additional_at(more_value, batch, head_kv, steps.more_value, V)
+    v = load(at, row.to(tl.int64) * steps.more_value.w * V.unit, here, V.head_dim_v, DV)
+    dk = tl.zeros([R, D], tl.float32)
+    dv = tl.zeros([R, DV], tl.float32)
+    for member in tl.range(0, group):
+        head = head_kv * group + member
+        for start in tl.range(tl.program_id(1) * chunk, stop, V.column_count):
+            number = start + tl.arange(0, V.column_count)
+            near = number < stop
+            q = load(query, scattered(number, batch, head, axes, steps.query, V), near, V.head_dim, D)
+            do = load(grad_out, scattered(number, batch, head, axes, steps.grad_out, V), near, V.head_dim_v, DV)
+            place = (batch.to(tl.int64) * tokens + number) * heads + head
+            sums = tl.load(lse + place, mask=near, other=float("inf")) * LOG2_E
+            shift = tl.load(delta + place, mask=near, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+            p = tl.where(here[None, :], tl.exp2(scores * scale - sums[:, None]), 0.0)
+            dk, dv = add_key_gradients(p, q, do, v, shift, dk, dv, V)
+    batches = tl.num_programs(0) // (tiles * heads_kv)
+    place = ((tl.program_id(1).to(tl.int64) * batches + batch) * additional + row) * heads_kv + head_kv
+    is_row = row < additional
+    store(partial_key, place * V.head_dim, is_row, dk * (scale * LN2), V.head_dim, D)
+    store(partial_value, place * V.head_dim_v, is_row, dv, V.head_dim_v, DV)

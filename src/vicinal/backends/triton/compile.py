@@ -1,0 +1,78 @@
+"""Variants become kernels here: compiled for any target, which needs no GPU, or left to Triton's interpreter."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+from unittest import mock
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction
+
+from vicinal.backends.triton.backward import additional_gradients, key_gradients, query_gradients
+from vicinal.backends.triton.forward import forward
+from vicinal.backends.triton.variant import AxisArgs, StepArgs, Steps, Variant
+
+KERNELS = {
+    "forward": forward,
+    "queries": query_gradients,
+    "keys": key_gradients,
+    "additional": additional_gradients,
+}
+
+ELEMENT = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("lse", "grad_lse", "delta", "partial_key", "partial_value"), "*fp32"),
+    "lengths": "*i32",
+    "axes": (AxisArgs(*["i32"] * 6),) * 3,
+    "steps": Steps(*[StepArgs("i64", *["i32"] * 4)] * 10),
+    **dict.fromkeys(("heads", "group", "additional", "chunk"), "i32"),
+    "scale": "fp32",
+    "V": "constexpr",
+}
+"""Types of the kernels' arguments; all others point to elements."""
+
+IS_INTERPRETED = isinstance(forward, InterpretedFunction)
+
+
+def interpret(variant: Variant, grid: tuple[int, int, int], arguments: list[Any]) -> None:
+    """Run a kernel in Triton's interpreter, with two repairs.
+
+    It patches the language again in every call of one device function by another, which takes all its
+    time; once is enough. And it makes integers of the bounds of loops, which it holds as arrays
+    of one element, in a way that NumPy 2.4 has given up.
+    """
+    patch, scopes = interpreter._patch_lang, dict[bool, Any]()
+
+    def patch_once(function: Any) -> Any:
+        # The library's own functions see the language under another name.
+        is_ours = "tl" in function.__globals__
+        if is_ours not in scopes:
+            scopes[is_ours] = patch(function)
+            scopes[is_ours].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
+        return scopes[is_ours]
+
+    with mock.patch.object(interpreter, "_patch_lang", patch_once):
+        KERNELS[variant.kernel][grid](*arguments)
+
+
+def compiled(variant: Variant, target: GPUTarget) -> Any:
+    """The kernel of `variant` for `target`. Triton keeps the result on disk."""
+    kernel = KERNELS[variant.kernel]
+    names = kernel.arg_names
+    signature = {name: KINDS.get(name, ELEMENT[variant.dtype]) for name in names}
+    aligned = [["tt.divisibility", 16]]
+    attrs = {(i,): aligned for i, kind in enumerate(signature.values()) if str(kind).startswith("*")}
+    source = ASTSource(kernel, signature, {"V": variant}, attrs)
+    return triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
+
+
+@lru_cache(maxsize=1024)
+def loaded(variant: Variant, device: int) -> Any:
+    """The same for the present device, number `device`: every device loads its own."""
+    return compiled(variant, triton.runtime.driver.active.get_current_target())

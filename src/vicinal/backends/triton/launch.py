@@ -1,0 +1,161 @@
+"""From tensors to a kernel's arguments, and the kernel's start. Nothing here knows what a window is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicinal._tuples import ceil_div
+from vicinal.backends.base import Inputs
+from vicinal.backends.devices import present
+from vicinal.backends.triton.cost import Cut, variant_of
+from vicinal.backends.triton.variant import AxisArgs, Box, StepArgs, Steps, Variant, three, three_axes
+from vicinal.errors import Unsupported
+from vicinal.hardware import Hardware
+from vicinal.problem import Axis, Problem
+
+VECTOR_BYTES = 16
+"""Kernels load so many bytes at a time: what addresses and strides must be multiples of."""
+
+LOG2_E = 1.4426950408889634
+
+NOWHERE = StepArgs(0, 0, 0, 0, 0)
+LARGEST_GRID = 2**31 - 1
+
+
+def steps_of(tensor: Tensor) -> StepArgs:
+    """How far apart things lie in `[B, *S, H, D]`, in vectors."""
+    unit = VECTOR_BYTES // tensor.element_size()
+    batch, *axes, head = (
+        0 if size == 1 else step // unit for step, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    )
+    return StepArgs(batch, *[0] * (3 - len(axes)), *axes, head)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether kernels can read `tensor` where it lies; otherwise it is copied first."""
+    unit = VECTOR_BYTES // tensor.element_size()
+    *outer, inner = tensor.stride()
+    sizes = tensor.shape[:-1]
+    aligned = all(step % unit == 0 for step, size in zip(outer, sizes, strict=True) if size > 1)
+    span = sum(step // unit * (size - 1) for step, size in zip(outer[1:], sizes[1:], strict=True))
+    return inner == 1 and aligned and tensor.data_ptr() % VECTOR_BYTES == 0 and span < 2**31
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a contiguous copy of it."""
+    return tensor if is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def is_wide(axes: Sequence[Axis], boxes: Sequence[Box], steps: Steps, itemsize: int) -> bool:
+    """Whether offsets inside a box, in elements, need 64 bits."""
+    reach = max(
+        sum((n - 1) * axis.dilation * step for n, axis, step in zip(box, axes, steps_of_tensor[1:4], strict=True))
+        for box in boxes
+        for steps_of_tensor in steps
+    )
+    return reach * (VECTOR_BYTES // itemsize) >= 2**31
+
+
+def axis_args(axes: Sequence[Axis], rows: Box) -> tuple[AxisArgs, ...]:
+    """What a kernel is told of each axis that is cut into tiles of `rows`."""
+    return tuple(
+        AxisArgs(
+            axis.length,
+            axis.kernel_size,
+            axis.stride,
+            axis.dilation,
+            int(axis.is_causal),
+            ceil_div(ceil_div(axis.length, axis.dilation), n),
+        )
+        for axis, n in zip(axes, rows, strict=True)
+    )
+
+
+def blocks_of(args: Sequence[AxisArgs], problem: Problem, heads: int) -> int:
+    """Tiles of all heads and batch rows."""
+    blocks = prod(axis.tiles * axis.dilation for axis in args) * problem.batch * heads
+    if blocks > LARGEST_GRID:
+        raise Unsupported(f"triton starts at most {LARGEST_GRID} blocks, this problem has {blocks} tiles")
+    return blocks
+
+
+class Operands:
+    """The tensors and numbers of a problem, as all its passes are told them. What kernels cannot read is copied."""
+
+    def __init__(self, problem: Problem, inputs: Inputs, **more: Tensor) -> None:
+        self.problem = problem
+        self.axes = three_axes(problem.axes)
+        self.device = inputs.query.device
+        self.hardware = present(self.device)
+        self.precision = precision_of(problem, self.hardware)
+        tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value, **more}
+        self.lengths = inputs.query  # read only if there are additional keys
+        if inputs.additional_keys is not None and inputs.additional_values is not None and problem.additional:
+            tensors |= {"more_key": inputs.additional_keys, "more_value": inputs.additional_values}
+            lengths = inputs.additional_lengths
+            if lengths is None:
+                lengths = torch.full((problem.batch,), problem.additional, device=self.device)
+            self.lengths = lengths.to(torch.int32)
+        self.tensors = {name: readable(tensor) for name, tensor in tensors.items()}
+
+    def run(self, kernel: str, cut: Cut, grid: tuple[int, int] | None = None, **more: Any) -> None:
+        """Start a pass on the current stream.
+
+        Args:
+            kernel: as in `Variant`.
+            cut: its tiles.
+            grid: blocks, if not one for each tile.
+            more: arguments of the kernel beyond what all passes share, outputs among them.
+        """
+        problem = self.problem
+        tensors = self.tensors | {name: value for name, value in more.items() if name in Steps._fields}
+        steps = Steps(*(steps_of(tensors[name]) if name in tensors else NOWHERE for name in Steps._fields))
+        boxes = three(cut.rows), three(cut.columns)
+        variant = variant_of(kernel, problem, cut, self.precision, is_wide(self.axes, boxes, steps, problem.itemsize))
+        axes = axis_args(self.axes, variant.rows)
+        if grid is None:
+            grid = blocks_of(axes, problem, problem.heads_kv if variant.are_keys else problem.heads), 1
+        values = {
+            "more_key": self.tensors["key"],
+            "more_value": self.tensors["value"],
+            "lengths": self.lengths,
+            "axes": axes,
+            "steps": steps,
+            "heads": problem.heads,
+            "group": problem.heads // problem.heads_kv,
+            "additional": problem.additional,
+            "scale": problem.scale * LOG2_E,
+            "V": variant,
+            **self.tensors,
+            **more,
+        }
+        start(variant, (*grid, 1), self.device, values)
+
+
+def precision_of(problem: Problem, hardware: Hardware) -> str:
+    """How float32 is multiplied, in Triton's words: as PyTorch is told to multiply it.
+
+    NVIDIA's tensor cores know no float32: three products of its TF32 parts come as near, and AMD's do.
+    """
+    if problem.dtype != "float32":
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if hardware.arch >= (8, 0) else "ieee"
+
+
+def start(variant: Variant, grid: tuple[int, int, int], device: torch.device, values: dict[str, Any]) -> None:
+    """Start the kernel of `variant` on the current stream of `device`, or run it in Triton's interpreter."""
+    from vicinal.backends.triton import compile
+
+    arguments = [values[name] for name in compile.KERNELS[variant.kernel].arg_names]
+    if compile.IS_INTERPRETED:
+        compile.interpret(variant, grid, arguments)
+        return
+    with torch.cuda.device(device):
+        compile.loaded(variant, device.index)[grid](*arguments)

@@ -1,0 +1,310 @@
+"""Device nouns: a tile of rows, the boxes of columns that it walks, and the mask between them.
+
+Rows are queries and columns keys, or the other way round (`V.are_keys`): the queries that see a key
+are a box around it just as the keys that a query sees are. `Span` is the device's copy of
+`plan.Span`: it is computed from a few integers instead of being read from memory, and a test holds the
+two equal.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Span(NamedTuple):
+    """A tile of rows along one axis, and the boxes of columns that it visits; positions count members of its group.
+
+    `origin` is where the first box begins, `reach` the columns in all boxes; `full_start` and
+    `full_stop` bound the columns that every row sees.
+    """
+
+    group: Any
+    members: Any
+    first: Any
+    origin: Any
+    reach: Any
+    full_start: Any
+    full_stop: Any
+
+
+class Tile(NamedTuple):
+    """The rows of one block: a batch row, a head, and a span per axis."""
+
+    batch: Any
+    head: Any
+    t: Any
+    h: Any
+    w: Any
+
+
+class Windows(NamedTuple):
+    """The keys that each query of a box sees, per axis: the first, and how many."""
+
+    t_start: Any
+    t_size: Any
+    h_start: Any
+    h_size: Any
+    w_start: Any
+    w_size: Any
+
+
+@triton.jit
+def window_start(query, members, axis):
+    """First key of a query's window, as `window.window` defines it."""
+    lead = tl.where(axis.is_causal != 0, axis.stride - 1, axis.stride // 2)
+    leader = tl.minimum(query - query % axis.stride + lead, members - 1)
+    reach = tl.where(axis.is_causal != 0, axis.kernel_size - 1, axis.kernel_size // 2)
+    room = tl.where(axis.is_causal != 0, 0, axis.kernel_size)
+    return tl.minimum(tl.maximum(leader - reach, 0), members - room)
+
+
+@triton.jit
+def window_stop(query, members, axis):
+    """One past the last key of a query's window."""
+    return tl.where(axis.is_causal != 0, query + 1, window_start(query, members, axis) + axis.kernel_size)
+
+
+@triton.jit
+def viewers_stop(key, members, axis):
+    """One past the last query that sees a key, as `window.viewers` defines it."""
+    lead = tl.where(axis.is_causal != 0, axis.stride - 1, axis.stride // 2)
+    reach = tl.where(axis.is_causal != 0, axis.kernel_size - 1, axis.kernel_size // 2)
+    group = tl.maximum(key + reach - lead, 0) // axis.stride
+    stop = tl.minimum((group + 1) * axis.stride, members)
+    return tl.where(key >= members - axis.kernel_size, members, stop)
+
+
+@triton.jit
+def viewers_start(key, members, axis):
+    """The first query that sees a key."""
+    stop = viewers_stop(tl.maximum(key - axis.kernel_size, 0), members, axis)
+    return tl.where(axis.is_causal != 0, key, tl.where(key < axis.kernel_size, 0, stop))
+
+
+@triton.jit
+def seen_start(row, members, axis, V: tl.constexpr):
+    """The first column that a row sees."""
+    if V.are_keys:
+        return viewers_start(row, members, axis)
+    else:
+        return window_start(row, members, axis)
+
+
+@triton.jit
+def seen_stop(row, members, axis, V: tl.constexpr):
+    """One past the last column that a row sees."""
+    if V.are_keys:
+        return viewers_stop(row, members, axis)
+    else:
+        return window_stop(row, members, axis)
+
+
+@triton.jit
+def span_of(index, axis, ROWS: tl.constexpr, COLUMNS: tl.constexpr, V: tl.constexpr):
+    """The span of tile `index` of an axis, dilation groups one after another.
+
+    Groups that are one member short may have a last tile without rows: it computes, and stores nothing.
+    """
+    group = index // axis.tiles
+    members = (axis.length - group + axis.dilation - 1) // axis.dilation
+    first = (index - group * axis.tiles) * ROWS
+    last = tl.minimum(first + ROWS, members) - 1
+    first_row = tl.minimum(first, members - 1)
+    origin = seen_start(first_row, members, axis, V)
+    stop = seen_stop(last, members, axis, V)
+    reach = (stop - origin + COLUMNS - 1) // COLUMNS * COLUMNS
+    full_start = seen_start(last, members, axis, V)
+    full_stop = seen_stop(first_row, members, axis, V)
+    return Span(group, members, first, origin, reach, full_start - origin, full_stop - origin)
+
+
+@triton.jit
+def tile_of(axes, heads, V: tl.constexpr):
+    """The tile of this block. Blocks of a head sweep the first axis, then the next."""
+    t_tiles = axes[0].tiles * axes[0].dilation
+    h_tiles = axes[1].tiles * axes[1].dilation
+    w_tiles = axes[2].tiles * axes[2].dilation
+    index = tl.program_id(0)
+    number = index // (t_tiles * h_tiles * w_tiles)
+    index = index - number * (t_tiles * h_tiles * w_tiles)
+    w = index // (t_tiles * h_tiles)
+    index = index - w * (t_tiles * h_tiles)
+    h = index // t_tiles
+    batch = number // heads
+    return Tile(
+        batch,
+        number - batch * heads,
+        span_of(index - h * t_tiles, axes[0], V.rows[0], V.columns[0], V),
+        span_of(h, axes[1], V.rows[1], V.columns[1], V),
+        span_of(w, axes[2], V.rows[2], V.columns[2], V),
+    )
+
+
+@triton.jit
+def places(BOX: tl.constexpr):
+    """Where the tokens of a box lie in it, row-major."""
+    number = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
+    return number // (BOX[1] * BOX[2]), number // BOX[2] % BOX[1], number % BOX[2]
+
+
+@triton.jit
+def window_of(query, span, axis, origin):
+    """The windows of queries on one axis: their first keys, relative to `origin`, and how many."""
+    query = tl.minimum(query, span.members - 1)
+    start = window_start(query, span.members, axis)
+    return start - origin, window_stop(query, span.members, axis) - start
+
+
+@triton.jit
+def windows_of(BOX: tl.constexpr, t, h, w, t_origin, h_origin, w_origin, tile, axes):
+    """The windows of the queries of a box that begins at members `(t, h, w)`, relative to the origins."""
+    t_place, h_place, w_place = places(BOX)
+    t_start, t_size = window_of(t + t_place, tile.t, axes[0], t_origin)
+    h_start, h_size = window_of(h + h_place, tile.h, axes[1], h_origin)
+    w_start, w_size = window_of(w + w_place, tile.w, axes[2], w_origin)
+    return Windows(t_start, t_size, h_start, h_size, w_start, w_size)
+
+
+@triton.jit
+def next_box(t, h, w, tile, V: tl.constexpr):
+    """The box after the one that begins `(t, h, w)` columns after the origin, the last axis fastest."""
+    w = w + V.columns[2]
+    if V.rank > 1:
+        wrap = w >= tile.w.reach
+        w = tl.where(wrap, 0, w)
+        h = tl.where(wrap, h + V.columns[1], h)
+    if V.rank > 2:
+        wrap = h >= tile.h.reach
+        h = tl.where(wrap, 0, h)
+        t = tl.where(wrap, t + V.columns[0], t)
+    return t, h, w
+
+
+@triton.jit
+def boxes_of(tile, V: tl.constexpr):
+    """How many boxes a tile walks."""
+    boxes = tile.w.reach // V.columns[2]
+    if V.rank > 1:
+        boxes = boxes * (tile.h.reach // V.columns[1])
+    if V.rank > 2:
+        boxes = boxes * (tile.t.reach // V.columns[0])
+    return boxes
+
+
+@triton.jit
+def is_full(t, h, w, tile, V: tl.constexpr):
+    """Whether every row sees every column of a box."""
+    full = (w >= tile.w.full_start) & (w + V.columns[2] <= tile.w.full_stop)
+    if V.rank > 1:
+        full = full & (h >= tile.h.full_start) & (h + V.columns[1] <= tile.h.full_stop)
+    if V.rank > 2:
+        full = full & (t >= tile.t.full_start) & (t + V.columns[0] <= tile.t.full_stop)
+    return full
+
+
+@triton.jit
+def sees(place, start, size):
+    """start <= place < start + size, in one comparison; `[queries, keys]`."""
+    return (place[None, :] - start[:, None]).to(tl.uint32, bitcast=True) < size[:, None].to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def mask_of(windows, BOX: tl.constexpr, t, h, w, V: tl.constexpr):
+    """Which queries see which keys of a box that begins `(t, h, w)` after the origins, `[queries, keys]`."""
+    t_place, h_place, w_place = places(BOX)
+    keep = sees(w_place + w, windows.w_start, windows.w_size)
+    if V.rank > 1:
+        keep = keep & sees(h_place + h, windows.h_start, windows.h_size)
+    if V.rank > 2:
+        keep = keep & sees(t_place + t, windows.t_start, windows.t_size)
+    return keep
+
+
+@triton.jit
+def exist(BOX: tl.constexpr, t, h, w, tile, V: tl.constexpr):
+    """Which tokens of a box that begins at members `(t, h, w)` lie on the grid."""
+    t_place, h_place, w_place = places(BOX)
+    here = w + w_place < tile.w.members
+    if V.rank > 1:
+        here = here & (h + h_place < tile.h.members)
+    if V.rank > 2:
+        here = here & (t + t_place < tile.t.members)
+    return here
+
+
+@triton.jit
+def token_at(batch, t, h, w, tile, axes):
+    """Number of the token at members `(t, h, w)`, counting those of earlier batch rows, in 64 bits."""
+    t = batch.to(tl.int64) * axes[0].length + tile.t.group + t * axes[0].dilation
+    h = t * axes[1].length + tile.h.group + h * axes[1].dilation
+    return h * axes[2].length + tile.w.group + w * axes[2].dilation
+
+
+@triton.jit
+def tokens_in(BOX: tl.constexpr, axes):
+    """Numbers of the tokens of a box, relative to its first."""
+    t, h, w = places(BOX)
+    return (t * axes[0].dilation * axes[1].length + h * axes[1].dilation) * axes[2].length + w * axes[2].dilation
+
+
+@triton.jit
+def vector_at(tensor, t, h, w, tile, head, axes, steps, V: tl.constexpr):
+    """Pointer to the vector of a head at members `(t, h, w)`."""
+    units = tile.batch.to(tl.int64) * steps.batch + head.to(tl.int64) * steps.head
+    units += tile.t.group.to(tl.int64) * steps.t + tile.h.group.to(tl.int64) * steps.h
+    units += tile.w.group.to(tl.int64) * steps.w
+    return moved(tensor + units * V.unit, t, h, w, axes, steps, V)
+
+
+@triton.jit
+def moved(pointer, t, h, w, axes, steps, V: tl.constexpr):
+    """The pointer, `(t, h, w)` members further."""
+    units = w.to(tl.int64) * (axes[2].dilation * steps.w)
+    if V.rank > 1:
+        units += h.to(tl.int64) * (axes[1].dilation * steps.h)
+    if V.rank > 2:
+        units += t.to(tl.int64) * (axes[0].dilation * steps.t)
+    return pointer + units * V.unit
+
+
+@triton.jit
+def vectors_in(BOX: tl.constexpr, axes, steps, V: tl.constexpr):
+    """Offsets of the vectors of a box, in elements relative to its first."""
+    t, h, w = places(BOX)
+    units = t * (axes[0].dilation * steps.t) + h * (axes[1].dilation * steps.h) + w * (axes[2].dilation * steps.w)
+    if V.is_wide:
+        units = units.to(tl.int64)
+    return units * V.unit
+
+
+@triton.jit
+def load(start, offsets, here, DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """Vectors `[tokens, DEPTH]`, zeros for those that are not there and beyond `DIM`."""
+    d = tl.arange(0, DEPTH)
+    mask = here[:, None]
+    if DIM < DEPTH:
+        mask = mask & (d < DIM)[None, :]
+    return tl.load(start + (offsets[:, None] + d[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store(start, offsets, here, vectors, DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """The way back."""
+    d = tl.arange(0, DEPTH)
+    mask = here[:, None]
+    if DIM < DEPTH:
+        mask = mask & (d < DIM)[None, :]
+    tl.store(start + (offsets[:, None] + d[None, :]), vectors.to(start.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def valid_additional(lengths, batch, additional):
+    """How many additional keys count in a batch row."""
+    return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), additional)
+
+
+@triton.jit
+def additional_at(tensor, batch, head, steps, V: tl.constexpr):
+    """Pointer to the first additional vector of a batch row and head; `w` steps to the next."""
+    return tensor + (batch.to(tl.int64) * steps.batch + head.to(tl.int64) * steps.head) * V.unit

@@ -1,0 +1,122 @@
+"""Run by `test_interpreter.py` in a process of its own, in which Triton interprets kernels: every law, and the device's
+arithmetic of windows against the plan's.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from vicinal._tuples import ceil_div
+from vicinal.backends import present
+from vicinal.backends import triton as portable
+from vicinal.backends.triton import compile as compiling
+from vicinal.backends.triton.tile import span_of, viewers_start, viewers_stop, window_start, window_stop
+from vicinal.backends.triton.variant import AxisArgs, Variant
+from vicinal.plan import AxisPlan
+from vicinal.problem import Axis, Problem
+from vicinal.testing import LAWS, Law
+from vicinal.testing.cases import random_axes
+from vicinal.testing.laws import Trial
+
+CPU = torch.device("cpu")
+RIDERS: tuple[dict[str, Any], ...] = (
+    {"batch": 2, "heads": 1, "heads_kv": 1, "head_dim": 16, "head_dim_v": 16, "scale": 0.25, "dtype": "float32"},
+    {"batch": 1, "heads": 2, "heads_kv": 1, "head_dim": 8, "head_dim_v": 24, "scale": -0.3, "dtype": "float16"},
+    {"batch": 1, "heads": 1, "heads_kv": 1, "head_dim": 40, "head_dim_v": 16, "scale": 0.0, "dtype": "float32"},
+)
+LONG = {"memory_around_is_not_read", "two_runs_are_bitwise_equal"}
+SPECIAL = {"whole_window_is_dense_attention", "strided_window_is_blocked_attention", "merged_halves_are_the_whole"}
+PROBLEMS = (
+    Problem.grid((91,), 9, stride=5, dilation=4, is_causal=True),
+    Problem.grid((11, 17), (4, 7), stride=(3, 1), additional=9),
+    Problem.grid((3, 7, 10), (3, 4, 5), stride=(1, 4, 2), dilation=(1, 1, 2), is_causal=(False, True, False)),
+)
+
+
+def problems_of(law: Law) -> list[Problem]:
+    """Two problems, or one where the law takes long: its own if it needs special ones. Heads are few and narrow."""
+    number, count = zlib.crc32(law.name.encode()), 1 if law.name in LONG else 2
+    chosen = law.problems[1:3] if law.name in SPECIAL else [PROBLEMS[(number + i) % 3] for i in range(count)]
+    return [replace(problem, **RIDERS[(number + i) % 3]) for i, problem in enumerate(chosen)]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=[law.name for law in LAWS])
+def test_law_holds(law: Law) -> None:
+    hardware = present(CPU)
+    for seed, problem in enumerate(problems_of(law)):
+        assert portable.backend.why_not(problem, hardware) == ()
+        law.check(Trial(portable.backend, problem, CPU, hardware, seed))
+
+
+@triton.jit
+def _windows(out, members, axis):
+    member = tl.program_id(0)
+    tl.store(out + 4 * member, window_start(member, members, axis))
+    tl.store(out + 4 * member + 1, window_stop(member, members, axis))
+    tl.store(out + 4 * member + 2, viewers_start(member, members, axis))
+    tl.store(out + 4 * member + 3, viewers_stop(member, members, axis))
+
+
+@triton.jit
+def _spans(out, axis, V: tl.constexpr):  # noqa: N803
+    span = span_of(tl.program_id(0), axis, V.rows[2], V.columns[2], V)
+    row = out + tl.program_id(0) * 6
+    tl.store(row, span.group)
+    tl.store(row + 1, span.first)
+    tl.store(row + 2, span.origin)
+    tl.store(row + 3, span.reach)
+    tl.store(row + 4, span.full_start)
+    tl.store(row + 5, span.full_stop)
+
+
+def axes(count: int) -> list[Axis]:
+    rng = random.Random(0)
+    drawn = [random_axes(rng, 1, 60) for _ in range(count)]
+    return [Axis(*(values[0] for values in geometry.values())) for geometry in drawn]
+
+
+def arguments(axis: Axis, rows: int) -> AxisArgs:
+    tiles = ceil_div(ceil_div(axis.length, axis.dilation), rows)
+    return AxisArgs(axis.length, axis.kernel_size, axis.stride, axis.dilation, int(axis.is_causal), tiles)
+
+
+def run(kernel: Any, grid: int, *args: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compiling.KERNELS, "probe", kernel)
+        compiling.interpret(replace(PROBE, kernel="probe"), (grid, 1, 1), list(args))
+
+
+PROBE = Variant("forward", "float32", 16, 16, 1, (1, 1, 8), (1, 1, 4))
+
+
+@pytest.mark.parametrize("axis", axes(12), ids=str)
+def test_windows_are_the_definition(axis: Axis) -> None:
+    axis = axis.subaxes()[0]
+    out = torch.zeros(axis.length, 4, dtype=torch.int32)
+    run(_windows, axis.length, out, axis.length, arguments(axis, 1))
+    for member, row in enumerate(out.tolist()):
+        window, viewers = axis.window(member), axis.viewers(member)
+        assert row == [window.start, window.stop, viewers.start, viewers.stop]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "keys"])
+@pytest.mark.parametrize("axis", axes(8), ids=str)
+def test_spans_are_the_plans(axis: Axis, kernel: str) -> None:
+    variant = replace(PROBE, kernel=kernel)
+    plan = AxisPlan(axis, 8, 4, is_inverse=kernel == "keys")
+    args = arguments(axis, 8)
+    out = torch.zeros(args.tiles * axis.dilation, 6, dtype=torch.int32)
+    run(_spans, len(out), out, args, variant)
+    rows = {(group, first): rest for group, first, *rest in out.tolist()}
+    for span in plan.spans:
+        origin, reach, full_start, full_stop = rows[span.group, span.first]
+        assert (origin, reach) == (span.origin, 4 * span.visited)
+        assert (full_start, full_stop) == (span.full_start - span.origin, span.full_stop - span.origin)

@@ -1,0 +1,110 @@
+"""The host side of the portable backend, on any machine: what it takes, how it cuts, how it is chosen."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+
+from vicinal import backends
+from vicinal.backends import triton
+from vicinal.backends.triton.cost import SHAPES, best_cut, ranked_tilings, room_of, shape_of, smem_bytes
+from vicinal.backends.triton.launch import is_readable, precision_of, readable, steps_of
+from vicinal.backends.triton.variant import StepArgs
+from vicinal.errors import Unsupported
+from vicinal.hardware import KNOWN, Hardware
+from vicinal.plan import make_plan
+from vicinal.problem import Problem
+from vicinal.testing.strategies import problems
+from vicinal.tiling import Tiling
+
+H100 = Hardware.named("h100-sxm")
+PROBLEM = Problem.grid((9, 14, 22), (3, 5, 7), heads=2, head_dim=64)
+GPUS = [hardware for hardware in KNOWN.values() if hardware.kind == "cuda"]
+
+
+@pytest.mark.parametrize("hardware", GPUS, ids=lambda hardware: hardware.name)
+def test_takes_what_it_can_run(hardware: Hardware) -> None:
+    for dtype in ("float16", "bfloat16", "float32"):
+        for dims in ((8, 8), (40, 24), (256, 64)):
+            problem = replace(PROBLEM, dtype=dtype, head_dim=dims[0], head_dim_v=dims[1])
+            assert triton.backend.why_not(problem, hardware) == ()
+            assert triton.backend.why_not_gradients(problem, hardware) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float64"}, "computes in up to 32 bits, got float64"),
+        ({"head_dim": 20}, r"multiples of 8 up to 256, got \(20, 64\)"),
+        ({"head_dim_v": 264}, r"multiples of 8 up to 256, got \(64, 264\)"),
+    ],
+)
+def test_says_why_not(change: dict[str, object], reason: str) -> None:
+    (said,) = triton.backend.why_not(replace(PROBLEM, **change), H100)  # type: ignore[arg-type]
+    assert re.search(reason, said)
+
+
+def test_says_why_not_on_other_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "is_interpreting", lambda: False)
+    (said,) = triton.backend.why_not(replace(PROBLEM, dtype="float16"), Hardware.named("cpu"))
+    assert "needs an NVIDIA or AMD GPU, this is cpu" in said and "TRITON_INTERPRET" in said
+    (said,) = triton.backend.why_not(PROBLEM, replace(H100, arch=(7, 5)))
+    assert said == "needs sm_80 or newer, this is sm_75"
+
+
+def test_is_chosen_where_hopper_declines_and_where_gradients_are_needed() -> None:
+    a100 = Hardware.named("a100-80gb")
+    assert backends.choose(PROBLEM, a100).name == "triton"
+    assert backends.choose(replace(PROBLEM, dtype="float32"), H100).name == "triton"
+    chosen = backends.choose(PROBLEM, H100, needs_grad=True)
+    assert chosen.why_not_gradients(PROBLEM, H100) == () and chosen.name in ("hopper", "triton")
+    assert backends.choose(replace(PROBLEM, head_dim=80, head_dim_v=80), H100, needs_grad=True).name == "triton"
+
+
+def test_refuses_a_tiling_in_a_sentence() -> None:
+    plan = make_plan(PROBLEM, Tiling((4, 4, 5), (2, 4, 12), kv_origin="grid"))
+    with pytest.raises(Unsupported, match=r'kv_origin must be "free"; .*powers of two; .*got \(80, 96\)'):
+        shape_of(plan, H100)
+
+
+@pytest.mark.parametrize("hardware", GPUS, ids=lambda hardware: hardware.name)
+@given(problem=problems(dtypes=("float16", "float32")))
+def test_every_tiling_can_be_cut_and_fits(hardware: Hardware, problem: Problem) -> None:
+    tilings = ranked_tilings(problem, hardware)
+    assert len(set(tilings)) == len(tilings) > 0
+    for tiling in tilings:
+        shape = shape_of(make_plan(problem, tiling), hardware)
+        assert (prod(tiling.q_tile), prod(tiling.kv_tile)) == (shape.rows, shape.columns)
+    for kernel in ("forward", "queries", "keys"):
+        cut = best_cut(kernel, problem, hardware)
+        last = SHAPES[kernel, problem.itemsize, 64][-1]
+        assert smem_bytes(kernel, problem, cut.shape) <= room_of(hardware) or cut.shape == last
+
+
+def test_strided_views_are_read_in_place_and_others_copied() -> None:
+    fused = torch.zeros(2, 5, 7, 3, 8, 64, dtype=torch.float16)
+    view = fused[..., 1, :, :]
+    assert readable(view) is view
+    row = 3 * 8 * 64 // 8
+    assert steps_of(view) == StepArgs(5 * 7 * row, 0, 7 * row, row, 64 // 8)
+    unaligned = fused.flatten()[1 : 1 + 5 * 64].view(1, 5, 1, 64)
+    for strange in (view.mT, fused[..., 1, :, 4:12], unaligned):
+        assert not is_readable(strange)
+        copied = readable(strange)
+        assert is_readable(copied) and torch.equal(copied, strange)
+
+
+def test_float32_is_multiplied_as_pytorch_is_told() -> None:
+    single, a100, amd = replace(PROBLEM, dtype="float32"), Hardware.named("a100-80gb"), Hardware.named("mi300x")
+    assert precision_of(single, a100) == "tf32x3" and precision_of(single, amd) == "ieee"
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert precision_of(single, a100) == precision_of(single, amd) == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert precision_of(PROBLEM, a100) == "ieee"
