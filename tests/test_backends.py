@@ -441,3 +441,13 @@ def test_tensors_of_a_seed_are_the_same_again():
         assert two is not None
         assert torch.equal(one, two)
     assert torch.equal(*(make_output_gradients(problem, CPU, 7)[1] for _ in range(2)))
+
+
+@pytest.mark.parametrize("backend", ["fused", "blocked"])
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_expanded_tensors_are_read_right(backend: str, axis: int):
+    """With steps of 0 in memory along an axis, which no product can read in place."""
+    query = torch.randn(2, 53, 3, 8)
+    key, value = (torch.randn_like(query).narrow(axis, 0, 1).expand_as(query) for _ in range(2))
+    ours, theirs = (attention_with_lse(query, key, value, 9, backend=name) for name in (backend, "reference"))
+    torch.testing.assert_close(ours, theirs)

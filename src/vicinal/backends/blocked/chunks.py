@@ -201,7 +201,13 @@ class Chunk:
         return gather(view[self.units], self.queries, [column.queries for column in self.columns], scratch, name)
 
     def gather_keys(self, view: Tensor, scratch: Scratch, name: str) -> Tensor:
-        """`[C, rows, across, D]`"""
+        """`[C, rows, across, D]`, to be read only.
+
+        In one dimension nothing lies across, and keys stay where they are if a product can read them there.
+        """
+        is_plain = view.dtype == scratch.dtype and view.stride(-1) == 1 and view.stride(-2) >= view.shape[-1]
+        if is_plain and not self.columns[0].tiles:
+            return view[self.units][..., self.keys, None, :].flatten(0, -4)
         copy = gather(view[self.units], self.keys, [column.keys for column in self.columns], scratch, name)
         return copy.flatten(0, -4)
 
