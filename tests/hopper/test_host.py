@@ -11,7 +11,16 @@ import pytest
 
 from vicinal.backends import hopper
 from vicinal.backends.hopper.cost import candidates, predicted_ms, ranked_tilings
-from vicinal.backends.hopper.launch import LOG2_E, Layout, can_map, geometry, kernel_scale, layouts_of
+from vicinal.backends.hopper.launch import (
+    ENOUGH_BOXES,
+    LOG2_E,
+    Layout,
+    can_map,
+    geometry,
+    heads_per_block,
+    kernel_scale,
+    layouts_of,
+)
 from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, code_width, variant_of
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
@@ -119,6 +128,19 @@ def test_layouts_that_the_engine_reads_in_place() -> None:
 def test_a_scale_of_zero_still_hides() -> None:
     assert kernel_scale(0.125) == 0.125 * LOG2_E == kernel_scale(-0.125)
     assert kernel_scale(0.0) * 2.0**100 > 1e5 and kernel_scale(0.0) * 2.0**50 < 1e-6
+
+
+def test_heads_share_a_block_where_windows_are_small_and_blocks_many() -> None:
+    small = Problem.grid((56, 56), 7, heads=12, head_dim=32, batch=64)
+    plan = make_plan(small, Tiling((8, 8), (8, 8)))
+    variant, blocks = variant_of(plan), plan.q_tiles
+    together = [heads_per_block(small, variant, n, n * 4) for n in (1, 10, 49, 1000)]
+    assert together == sorted(together) and together[0] == 1 and together[-1] == ENOUGH_BOXES // 4
+    assert all(small.heads % n == 0 for n in together)
+    assert heads_per_block(replace(small, heads=7, heads_kv=7), variant, blocks, blocks * 4) in (1, 7)
+    assert heads_per_block(small, variant, blocks, blocks * 50) == 1  # many boxes: nothing to gain
+    large = make_plan(PROBLEM, Tiling((12, 4, 4), (4, 4, 8)))
+    assert heads_per_block(PROBLEM, variant_of(large), 10**6, 10**6) == 1  # the other kernel
 
 
 def test_refuses_groups_spread_too_far() -> None:

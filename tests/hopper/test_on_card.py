@@ -14,7 +14,9 @@ from problems import Case, check, dense_mask, draw, empty
 
 from vicinal.backends import hopper
 from vicinal.backends.base import Inputs
+from vicinal.backends.hopper import launch
 from vicinal.backends.hopper.cost import ranked_tilings
+from vicinal.backends.hopper.variant import Variant
 from vicinal.plan import AxisPlan, Plan, make_plan
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
@@ -46,6 +48,20 @@ def inputs_for(problem: Problem) -> Inputs:
 @pytest.mark.parametrize("seed", range(int(os.environ.get("VICINAL_FUZZ", "40"))))
 def test_random_problem(seed: int) -> None:
     check(draw(seed), hopper.backend)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("VICINAL_FUZZ", "40")) // 2))
+def test_random_problem_with_several_heads_to_a_block(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems would not share blocks by themselves."""
+
+    def together(problem: Problem, variant: Variant, blocks: int, visited: int) -> int:
+        divisors = [n for n in range(1, problem.heads + 1) if problem.heads % n == 0]
+        return 1 if variant.consumers > 1 else divisors[seed % len(divisors)]
+
+    monkeypatch.setattr(launch, "heads_per_block", together)
+    hopper.prepared.cache_clear()
+    check(draw(10_000 + seed), hopper.backend)
+    hopper.prepared.cache_clear()
 
 
 AXES = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -76,4 +76,13 @@ class Backend(Protocol):
         self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
     ) -> Gradients:
         """Gradients of a scalar whose gradients by `out` and `lse` are given."""
+        ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A backend with a cost model of its own, whose rates were measured on the hardware that it is for."""
+
+    def predicted_ms(self, plan: Plan) -> float:
+        """Milliseconds that `forward` takes under `plan`."""
         ...

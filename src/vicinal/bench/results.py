@@ -32,7 +32,7 @@ class Measurement:
         spread: the range of the middle half of the times, as a share of the median.
         host_milliseconds: median time until the call came back; on CPUs the same.
         useful_tflops_per_s: arithmetic inside the windows over that time.
-        predicted_milliseconds: what the simulator says.
+        predicted_milliseconds: what the backend's cost model says, or without one the simulator.
         error: the largest, as a share of what is allowed (twice plain PyTorch's own). Above 1 the answer
             is wrong, and no time is given. `None` for dense attention, which answers another question.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vicinal import backends
-from vicinal.backends.base import Inputs
+from vicinal.backends.base import Inputs, Predicts
 from vicinal.bench.contender import Call, Contender
 from vicinal.bench.contenders import Ours, contenders
 from vicinal.bench.results import Measurement, today
@@ -271,8 +271,11 @@ def _measurement(spec: Spec, what: str, lane: Lane, device: torch.device) -> Mea
     taken = median(lane.device_s) if lane.device_s else None
     predicted = None
     if isinstance(lane.contender, Ours) and what == FORWARD and problem.dtype in dict(hardware.flops_per_s):
-        tiling = next(iter(lane.contender.backend.tilings(problem, hardware)))
-        predicted = simulate(make_plan(problem, tiling), hardware).time_s * 1e3
+        backend = lane.contender.backend
+        plan = make_plan(problem, next(iter(backend.tilings(problem, hardware))))
+        predicted = (
+            backend.predicted_ms(plan) if isinstance(backend, Predicts) else simulate(plan, hardware).time_s * 1e3
+        )
     return Measurement(
         **today(device),
         case=spec.name,

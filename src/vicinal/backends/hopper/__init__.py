@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
-from vicinal.backends.hopper.cost import ranked_tilings
+from vicinal.backends.hopper.cost import predicted_ms, ranked_tilings
 from vicinal.backends.hopper.launch import ALIGNMENT, Launch, can_map, is_mappable, layouts_of
 from vicinal.backends.hopper.variant import variant_of
 from vicinal.errors import Unsupported
@@ -63,6 +63,10 @@ class Hopper:
     def tilings(self, problem: Problem, hardware: Hardware) -> Iterable[Tiling]:
         """Tilings worth trying, the one with the least predicted time first."""
         return ranked_tilings(problem)
+
+    def predicted_ms(self, plan: Plan) -> float:
+        """Milliseconds that `forward` takes on one H100, see `cost`."""
+        return predicted_ms(plan)
 
     def forward(self, plan: Plan, inputs: Inputs) -> Output:
         """Attention under `plan`.

@@ -28,7 +28,7 @@ from vicinal.backends.hopper.softmax import (
     hide,
     output_layout,
     partial_sums,
-    per_row,
+    rescaled,
     scores_layout,
     start_scores,
     tokens_of,
@@ -159,7 +159,7 @@ def walk_overlapped(q, mask, block, scale, V: gl.constexpr):
         mbarrier.wait(keys.full.index(k_slot), k_phase, pred=i + 1 < n)
         acc, p = warpgroup_mma_wait(0, deps=[out, next_p])
         mbarrier.arrive(values.free.index(v_slot))
-        acc = acc * per_row(rescale, V)
+        acc = rescaled(acc, rescale, V)
         v_slot, v_phase = next_slot(v_slot, v_phase, V.stages)
     mbarrier.wait(values.full.index(v_slot), v_phase)
     out = warpgroup_mma(p, values.slots.index(v_slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
@@ -193,7 +193,7 @@ def walk(q, mask, block, scale, V: gl.constexpr):
         scores = hide(scores, mask, t, h, w, in_window, valid_from(counts, i, V), V)
         weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
         p = as_operand(weights, dtype, V)
-        acc = acc * per_row(rescale, V)
+        acc = rescaled(acc, rescale, V)
         mbarrier.wait(values.full.index(slot), phase)
         out = warpgroup_mma(p, values.slots.index(slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
         t, h, w = next_box(t, h, w, tile, V)
@@ -216,13 +216,13 @@ def consumer(number: gl.constexpr, block, out, lse, axes, heads, scale, V: gl.co
     else:
         acc, peak, total = walk(q, mask, block, scale, V)
     place = query_place(block.tile, block.columns.out, V, number)
-    finish(acc, peak, total, out, lse, smem, place, tokens, axes, heads, V)
+    finish(acc, peak, total, out, lse, smem, place, tokens, axes, block.tile.head, heads, V)
 
 
-@gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "slab", "scale"])
+@gluon.jit(do_not_specialize=["heads", "heads_per_key", "heads_per_block", "additional", "slab", "scale"])
 def forward(
     query, key, value, out, more_key, more_value, lse, lengths, axes, steps,
-    heads, heads_per_key, additional, slab, scale, V: gl.constexpr,
+    heads, heads_per_key, heads_per_block, additional, slab, scale, V: gl.constexpr,
 ):  # fmt: skip
     """One block: one tile of queries of one head.
 
@@ -233,14 +233,14 @@ def forward(
         lengths: how many additional keys count, `[B]`, or null for all.
         axes: an `AxisArgs` each.
         steps: a `StepArgs` for each of query, key, value, out, more_key and more_value.
-        heads, heads_per_key, additional: counts.
+        heads, heads_per_key, heads_per_block, additional: counts; here a block has one head.
         slab: query tiles of the last axis that are swept together, see `tile_of`.
         scale: multiplies the scores, times log2(e).
         V: the `Variant`.
     """
-    tile = tile_of(axes, slab, V)
+    tile = tile_of(axes, slab, heads_per_block, V)
     counts = counts_of(tile, lengths, additional, V)
-    columns = columns_of(tile, steps, heads_per_key)
+    columns = columns_of(tile, tile.head, steps, heads_per_key)
     q_smem = gl.allocate_shared_memory(query.dtype, [V.consumers] + query.block_type.shape, query.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [V.consumers, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(gl.constexpr(V.consumers)):

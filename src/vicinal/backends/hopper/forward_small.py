@@ -25,7 +25,7 @@ from vicinal.backends.hopper.softmax import (
     hide,
     output_layout,
     partial_sums,
-    per_row,
+    rescaled,
     scores_layout,
     start_scores,
     tokens_of,
@@ -36,6 +36,7 @@ from vicinal.backends.hopper.tile import (
     load_next,
     load_queries,
     next_box,
+    next_columns,
     query_place,
     tile_of,
     valid_from,
@@ -50,7 +51,6 @@ class Source(NamedTuple):
     value: Any
     more_key: Any
     more_value: Any
-    columns: Any
     tile: Any
     counts: Any
     k_smem: Any
@@ -59,12 +59,11 @@ class Source(NamedTuple):
 
 
 @gluon.jit
-def load_both(source, i, t, h, w, slot, V: gl.constexpr):
-    """Start to load the `i`-th tile of keys and values into a slot that this warp has read."""
+def load_both(source, columns, i, t, h, w, slot, V: gl.constexpr):
+    """Start to load the `i`-th tile of keys and values of a head into a slot that this warp has read."""
     full = source.full.index(slot)
     k = source.k_smem.index(slot)
     v = source.v_smem.index(slot)
-    columns = source.columns
     tile = source.tile
     counts = source.counts
     mbarrier.expect(full, 2 * source.key.block_type.nbytes)
@@ -73,65 +72,90 @@ def load_both(source, i, t, h, w, slot, V: gl.constexpr):
     load_next(source.value, source.more_value, columns.value, columns.more_value, tile, counts, i, t, h, w, full, v, V)
 
 
-@gluon.jit(do_not_specialize=["heads", "heads_per_key", "additional", "slab", "scale"])
+@gluon.jit
+def load_first(source, columns, turn, FROM: gl.constexpr, TO: gl.constexpr, V: gl.constexpr):
+    """Start to load tiles `FROM` to `TO` of a head. Its first tile is the `turn`-th of the block."""
+    t = turn * 0
+    h = turn * 0
+    w = turn * 0
+    for i in gl.static_range(TO):
+        if i >= FROM:
+            if i < source.counts.boxes + source.counts.more_tiles:
+                load_both(source, columns, i, t, h, w, (turn + i) % V.stages, V)
+        t, h, w = next_box(t, h, w, source.tile, V)
+
+
+@gluon.jit(do_not_specialize=["heads", "heads_per_key", "heads_per_block", "additional", "slab", "scale"])
 def forward_small(
     query, key, value, out, more_key, more_value, lse, lengths, axes, steps,
-    heads, heads_per_key, additional, slab, scale, V: gl.constexpr,
+    heads, heads_per_key, heads_per_block, additional, slab, scale, V: gl.constexpr,
 ):  # fmt: skip
-    """One block: 64 queries of one head. Arguments as in `forward.forward`."""
-    tile = tile_of(axes, slab, V)
+    """One block: 64 queries of `heads_per_block` heads, one after another. Arguments as in `forward.forward`.
+
+    What depends on the grid alone is computed once for all heads, and while the outputs of a head are
+    written the first boxes of the next one are on their way.
+    """
+    tile = tile_of(axes, slab, heads_per_block, V)
     counts = counts_of(tile, lengths, additional, V)
-    columns = columns_of(tile, steps, heads_per_key)
+    columns = columns_of(tile, tile.head, steps, heads_per_key)
     n = counts.boxes + counts.more_tiles
     q_smem = gl.allocate_shared_memory(query.dtype, query.block_type.shape, query.layout)
     k_smem = gl.allocate_shared_memory(key.dtype, [V.stages] + key.block_type.shape, key.layout)
     v_smem = gl.allocate_shared_memory(value.dtype, [V.stages] + value.block_type.shape, value.layout)
     full = gl.allocate_shared_memory(gl.int64, [V.stages + 1, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(gl.constexpr(V.stages + 1)):
-        mbarrier.init(full.index(i), 1)
+    for stage in gl.static_range(gl.constexpr(V.stages + 1)):
+        mbarrier.init(full.index(stage), 1)
     fence_async_shared()
     q_full = full.index(V.stages)
     load_queries(query, columns.query, tile, q_full, q_smem, V, 0)
-    source = Source(key, value, more_key, more_value, columns, tile, counts, k_smem, v_smem, full)
-    next_t = 0
-    next_h = 0
-    next_w = 0
-    for i in gl.static_range(gl.constexpr(V.stages)):
-        if i < n:
-            load_both(source, i, next_t, next_h, next_w, i, V)
-        next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile, V)
+    source = Source(key, value, more_key, more_value, tile, counts, k_smem, v_smem, full)
+    load_first(source, columns, n * 0, 0, V.stages, V)
 
     layout: gl.constexpr = scores_layout(V)
     mask = mask_of(tile, axes, layout, V, 0)
     rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tokens = gl.allocate_shared_memory(gl.int32, [64], rows, tokens_of(tile, axes, V, 0))
-    place = query_place(tile, columns.out, V, 0)
     code = place_code(V, 4) if V.mask == "coded" else 0
     fence_async_shared()
     q = q_smem.reshape([64, V.head_dim])
-    acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
-    peak = gl.full([64], FLOOR, gl.float32, gl.SliceLayout(1, layout))
-    total = partial_sums(gl.full([64, V.keys], 0.0, gl.float32, layout), V)
-    t = 0
-    h = 0
-    w = 0
-    mbarrier.wait(q_full, 0)
-    for i in range(n):
-        in_window = i < counts.boxes
-        slot = i % V.stages  # and not a counter: registers are scarce here
-        mbarrier.wait(full.index(slot), i // V.stages & 1)
-        scores = start_scores(q, k_smem.index(slot), mask, code, t, h, w, in_window, V)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        scores = hide(scores, mask, t, h, w, in_window, valid_from(counts, i, V), V)
-        weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
-        p = as_operand(weights, query.dtype, V)
-        acc = acc * per_row(rescale, V)
-        result = warpgroup_mma(p, v_smem.index(slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[result])
-        t, h, w = next_box(t, h, w, tile, V)
-        if i + V.stages < n:
-            next_t, next_h, next_w = t, h, w
-            for _ in gl.static_range(gl.constexpr(V.stages - 1)):
-                next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile, V)
-            load_both(source, i + V.stages, next_t, next_h, next_w, slot, V)
-    finish(acc, peak, total, out, lse, q_smem, place, tokens.load(peak.type.layout), axes, heads, V)
+    last_head = gl.minimum(tile.head + heads_per_block, heads) - 1
+    turn = n * 0
+    for head in range(tile.head, last_head + 1):
+        acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
+        peak = gl.full([64], FLOOR, gl.float32, gl.SliceLayout(1, layout))
+        total = partial_sums(gl.full([64, V.keys], 0.0, gl.float32, layout), V)
+        t = 0
+        h = 0
+        w = 0
+        mbarrier.wait(q_full, (head - tile.head) & 1)
+        for i in range(n):
+            in_window = i < counts.boxes
+            slot = turn % V.stages  # and not a counter: registers are scarce here
+            mbarrier.wait(full.index(slot), turn // V.stages & 1)
+            scores = start_scores(q, k_smem.index(slot), mask, code, t, h, w, in_window, V)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            scores = hide(scores, mask, t, h, w, in_window, valid_from(counts, i, V), V)
+            weights, rescale, peak, total = exponentiate(scores, peak, total, scale, V)
+            p = as_operand(weights, query.dtype, V)
+            acc = rescaled(acc, rescale, V)
+            result = warpgroup_mma(p, v_smem.index(slot).reshape([V.keys, V.head_dim]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[result])
+            t, h, w = next_box(t, h, w, tile, V)
+            if i + V.stages < n:
+                next_t, next_h, next_w = t, h, w
+                for _ in gl.static_range(gl.constexpr(V.stages - 1)):
+                    next_t, next_h, next_w = next_box(next_t, next_h, next_w, tile, V)
+                load_both(source, columns, i + V.stages, next_t, next_h, next_w, slot, V)
+            turn += 1
+        place = query_place(tile, columns.out, V, 0)
+        if head < last_head:
+            columns = next_columns(columns, head, steps, heads_per_key)
+            wait_for_warps()  # until all have read their queries
+            load_queries(query, columns.query, tile, q_full, q_smem, V, 0)
+            load_first(source, columns, turn, 0, V.stages - 1, V)
+        # The values read last make room for the outputs, so that the next queries need not wait for them.
+        last = (turn + V.stages - 1) % V.stages
+        out_smem = v_smem.index(last)._reinterpret(out.dtype, out.block_type.shape, out.layout)
+        finish(acc, peak, total, out, lse, out_smem, place, tokens.load(peak.type.layout), axes, head, heads, V)
+        if head < last_head:
+            load_first(source, columns, turn, V.stages - 1, V.stages, V)

@@ -28,6 +28,7 @@ LARGEST_STRIDE = 2**40  # bytes
 SHARED_L2_BYTES = (
     16 * 2**20
 )  # of an H100's 50 MB: each half may keep its own copy, and queries and outputs pass through
+MULTIPROCESSORS, BLOCKS_PER_MULTIPROCESSOR = 132, 5
 
 # Values of the driver's enumerations (cuda.h).
 DATA_TYPE = {"float16": 6, "bfloat16": 9}
@@ -222,15 +223,16 @@ class Launch:
         blocks = 1
         for axis, count in zip(axes, tiles, strict=True):
             blocks *= count * axis.dilation
-        self._grid = (blocks, problem.heads, problem.batch)
+        together = heads_per_block(problem, variant, blocks, plan.visited)
+        self._grid = (blocks, ceil_div(problem.heads, together), problem.batch)
         self._lse, self._lengths = ctypes.c_uint64(), ctypes.c_uint64()
         self._lock = threading.Lock()
         steps = [geometry.steps for geometry in geometries]
         steps += [StepArgs(0, 0, 0, 0)] * (6 - len(steps))
         integers = [n for axis, count in zip(axes, tiles, strict=True) for n in axis_args(axis, count)]
         integers += [n for step in steps for n in step]
-        integers += [problem.heads, problem.heads // problem.heads_kv, problem.additional]
-        integers += [slab(axes, variant)]
+        integers += [problem.heads, problem.heads // problem.heads_kv, together, problem.additional]
+        integers += [slab(axes, variant, together)]
         self._parameters = self._lay_out(integers, kernel_scale(problem.scale))
 
     def _lay_out(self, integers: list[int], scale: float) -> Any:
@@ -271,10 +273,30 @@ def axis_args(axis: Axis, tiles: int) -> AxisArgs:
     return AxisArgs(axis.length, axis.kernel_size, axis.stride, axis.dilation, int(axis.is_causal), tiles)
 
 
-def slab(axes: Sequence[Axis], variant: Variant) -> int:
+WAVES = 4
+"""Blocks that every multiprocessor should have one after another, so that none is idle for long at the end."""
+
+ENOUGH_BOXES = 24
+"""KV boxes of a block beside which what it computes once is little."""
+
+
+def heads_per_block(problem: Problem, variant: Variant, blocks: int, visited: int) -> int:
+    """Heads that one block of the small kernel takes in turn, a divisor of their number.
+
+    That spreads what a block computes once over more boxes, and costs neighbors that no longer share keys in the
+    cache: measured, it pays for windows of few boxes, as long as every multiprocessor still gets enough blocks.
+    """
+    if variant.consumers > 1:
+        return 1
+    enough = WAVES * MULTIPROCESSORS * BLOCKS_PER_MULTIPROCESSOR
+    most = min(blocks * problem.batch * problem.heads // enough, ENOUGH_BOXES * blocks // visited)
+    return max(n for n in range(1, max(most, 1) + 1) if problem.heads % n == 0)
+
+
+def slab(axes: Sequence[Axis], variant: Variant, heads: int) -> int:
     """Query tiles of the last axis to sweep together: as many as let the keys that tiles share stay in the L2 cache."""
     kept = axes[0].kernel_size * axes[0].dilation + variant.q_tile[0]
-    per_column = 2 * 2 * variant.head_dim * kept * axes[1].length  # bytes of K and V
+    per_column = 2 * 2 * variant.head_dim * heads * kept * axes[1].length  # bytes of K and V
     halo = (axes[2].kernel_size - 1) * axes[2].dilation
     return max((SHARED_L2_BYTES // per_column - halo) // variant.q_tile[2], 1)
 

@@ -10,6 +10,9 @@ from vicinal.backends.hopper.tile import row_places, store_box
 FLOOR = gl.constexpr(-1e20)
 """Lower bound of the running maximum, so that a row whose keys are all hidden so far stays finite."""
 
+SLACK = gl.constexpr(8.0)
+"""How far, in powers of two, scores may exceed the running maximum before it follows: weights stay below 2^8."""
+
 LN2 = gl.constexpr(0.6931471805599453)
 
 
@@ -64,10 +67,43 @@ def exponentiate(scores, peak, total, scale, V: gl.constexpr):
     Returns the weights, the factor that rescales what was summed before, the new running maximum
     and the new running sum.
     """
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
+    highest = gl.max(scores, 1) * scale
+    new_peak = gl.where(highest > peak + SLACK, highest, peak)
     rescale = gl.exp2(peak - new_peak)
     weights = gl.exp2(scores * scale - gl.expand_dims(new_peak, 1))
     return weights, rescale, new_peak, total * spread(rescale, total) + partial_sums(weights, V)
+
+
+@gluon.constexpr_function
+def rescale_assembly(n):
+    """Multiply `n` registers by one factor each, unless all factors of the warp are 1. They belong to two rows."""
+    lines = [
+        ".reg .pred p, q;",
+        f"setp.neu.f32 p, ${2 * n}, 0f3F800000;",
+        f"setp.neu.f32 q, ${2 * n + 2}, 0f3F800000;",
+        "or.pred p, p, q;",
+        "vote.sync.any.pred p, p, 0xffffffff;",
+        "@!p bra done;",
+        *(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)),
+        "done:",
+    ]
+    return "{" + " ".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def rescale_constraints(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def rescaled(acc, rescale, V: gl.constexpr):
+    """`acc * rescale`, skipped by warps in which no maximum moved. After the first boxes that is the rule."""
+    PACK: gl.constexpr = min(V.head_dim // 2, 32)
+    factors = gl.convert_layout(rescale, gl.SliceLayout(1, output_layout(V)))
+    factors = gl.expand_dims(factors, 1).broadcast_to([64, V.head_dim])
+    return gl.inline_asm_elementwise(
+        rescale_assembly(PACK), rescale_constraints(PACK), [acc, factors], dtype=gl.float32, is_pure=True, pack=PACK
+    )
 
 
 @gluon.jit
@@ -116,7 +152,7 @@ def tokens_of(tile, axes, V: gl.constexpr, consumer: gl.constexpr):
 
 
 @gluon.jit
-def finish(acc, peak, total, desc, lse, smem, place, tokens, axes, heads, V: gl.constexpr):
+def finish(acc, peak, total, desc, lse, smem, place, tokens, axes, head, heads, V: gl.constexpr):
     """Write the outputs, through shared memory, and the log-sum-exps of one warpgroup."""
     total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
     q = smem.reshape([64, V.head_dim])
@@ -124,6 +160,6 @@ def finish(acc, peak, total, desc, lse, smem, place, tokens, axes, heads, V: gl.
     fence_async_shared()
     store_box(desc, place, smem)
     grid = axes[0].length.to(gl.int64) * axes[1].length * axes[2].length
-    row = (gl.program_id(2) * grid + tokens) * heads + gl.program_id(1)
+    row = (gl.program_id(2) * grid + tokens) * heads + head
     gl.store(lse + row, (peak + gl.log2(total)) * LN2, mask=tokens >= 0)
     tma.store_wait(0)

@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The query tile of one block."""
+    """The query tile of one block, and the first of its heads."""
 
     batch: Any
     head: Any
@@ -87,7 +87,7 @@ def span_of(index, axis, Q: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(axes, slab, V: gl.constexpr):
+def tile_of(axes, slab, heads_per_block, V: gl.constexpr):
     """The tile of this block.
 
     Blocks of a head sweep the first axis, `slab` tiles of the last axis wide, one slab after another,
@@ -103,11 +103,20 @@ def tile_of(axes, slab, V: gl.constexpr):
     t = line // h_tiles
     return Tile(
         gl.program_id(2),
-        gl.program_id(1),
-        span_of(t, axes[0], V.q_tile[0], V.kv_box[0]),
-        span_of(line - t * h_tiles, axes[1], V.q_tile[1], V.kv_box[1]),
-        span_of(first + index - line * width, axes[2], V.q_tile[2], V.kv_box[2]),
+        gl.program_id(1) * heads_per_block,
+        span_on(0, t, axes, V),
+        span_on(1, line - t * h_tiles, axes, V),
+        span_on(2, first + index - line * width, axes, V),
     )
+
+
+@gluon.jit
+def span_on(AXIS: gl.constexpr, index, axes, V: gl.constexpr):
+    """The span of query tile `index` of an axis; known beforehand where the grid lacks that axis."""
+    if AXIS < 3 - V.rank:
+        return Span(0, 1, 0, 1, 0, 0, 0)
+    else:
+        return span_of(index, axes[AXIS], V.q_tile[AXIS], V.kv_box[AXIS])
 
 
 class Counts(NamedTuple):
@@ -154,15 +163,32 @@ class Columns(NamedTuple):
 
 
 @gluon.jit
-def columns_of(tile, steps, heads_per_key):
-    head = tile.head // heads_per_key
+def columns_of(tile, head, steps, heads_per_key):
+    """Those of query head `head`."""
+    kv_head = head // heads_per_key
     return Columns(
-        column(tile, tile.head, steps[0]),
-        column(tile, head, steps[1]),
-        column(tile, head, steps[2]),
-        head * steps[4].head,
-        head * steps[5].head,
-        column(tile, tile.head, steps[3]),
+        column(tile, head, steps[0]),
+        column(tile, kv_head, steps[1]),
+        column(tile, kv_head, steps[2]),
+        kv_head * steps[4].head,
+        kv_head * steps[5].head,
+        column(tile, head, steps[3]),
+    )
+
+
+@gluon.jit
+def next_columns(columns, head, steps, heads_per_key):
+    """Those of the head after `head`."""
+    kv_heads = 1
+    if heads_per_key > 1:
+        kv_heads = (head + 1) // heads_per_key - head // heads_per_key
+    return Columns(
+        columns.query + steps[0].head,
+        columns.key + kv_heads * steps[1].head,
+        columns.value + kv_heads * steps[2].head,
+        columns.more_key + kv_heads * steps[4].head,
+        columns.more_value + kv_heads * steps[5].head,
+        columns.out + steps[3].head,
     )
 
 

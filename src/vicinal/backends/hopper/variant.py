@@ -153,7 +153,7 @@ def why_not_tiling(tiling: Tiling, head_dim: int) -> tuple[str, ...]:
         (rows in (64, 128, 192), f"a query tile must hold 64, 128 or 192 queries, got {rows}"),
         (fits, f"a query tile must be made of boxes of 64 with sides that are powers of two, got {tiling.q_tile}"),
         (powers, f"the sides of a KV tile must be powers of two, got {tiling.kv_tile}"),
-        (keys in (32, 64, 128), f"a KV tile must hold 32, 64 or 128 keys, got {keys}"),
+        (keys in (64, 128), f"a KV tile must hold 64 or 128 keys, got {keys}"),
         (head_dim < 256 or keys * 2 + rows <= 256, f"tiles too large for heads of {head_dim}: {rows} x {keys}"),
     )
     return tuple(reason for holds, reason in facts if not holds)
