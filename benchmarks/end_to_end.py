@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from vicinal.bench import e2e
+from vicinal.bench.e2e import measure
+from vicinal.bench.e2e_result import save
 from vicinal.integrations.diffusers import sparsify
 from vicinal.integrations.diffusers.zoo import specimen
 
@@ -56,12 +57,12 @@ def main(table: str, seconds: float = 1e9, *numbers: float) -> None:
             print(f"no time for {case}")
             continue
         try:
-            result = e2e.measure(**case, repeats=1, device="cuda")
+            result = measure(**case, repeats=1, device="cuda")
         except Exception:
             traceback.print_exc()
             result = None
         if result is not None:
-            e2e.save(table, [result])
+            save(table, [result])
             print(f"{result}\n({time.perf_counter() - begin:.0f} s so far)\n", flush=True)
         gc.collect()
         torch.cuda.empty_cache()

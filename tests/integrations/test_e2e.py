@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from vicinal import InvalidProblem, Problem, Tiling, make_plan, simulate
 from vicinal.bench import e2e
+from vicinal.bench.e2e_result import EndToEnd, Pass, load, save
 from vicinal.bench.parts import GRID, OTHER, PARTS, PRODUCTS, REST, Stopwatch
 from vicinal.cli import app
 from vicinal.hardware import Hardware
@@ -51,9 +52,9 @@ def test_a_stopwatch_tells_attention_over_the_grid_from_the_rest():
     assert all(seconds > 0 for seconds in watch.parts.values())
 
 
-def fake(**changes: Any) -> e2e.EndToEnd:
-    dense = e2e.Pass("dense", 10.0, 0.02, {GRID: 6.0, OTHER: 1.0, PRODUCTS: 2.0, REST: 1.0}, 3 * 2**30)
-    found = e2e.EndToEnd(
+def fake(**changes: Any) -> EndToEnd:
+    dense = Pass("dense", 10.0, 0.02, {GRID: 6.0, OTHER: 1.0, PRODUCTS: 2.0, REST: 1.0}, 3 * 2**30)
+    found = EndToEnd(
         model="flux",
         grid=(256, 256),
         text=512,
@@ -85,7 +86,7 @@ def test_speedups_are_ratios_and_amdahls_law():
 
 
 def test_running_out_of_memory_is_a_result():
-    found = fake(dense=e2e.Pass("flex", None, 0.0, {}, 0), attention=None)
+    found = fake(dense=Pass("flex", None, 0.0, {}, 0), attention=None)
     assert found.speedup is None and found.predicted is None and found.of_a_run is None
     assert "out of memory" in str(found)
     assert found.rows()[0]["seconds"] is None
@@ -93,8 +94,8 @@ def test_running_out_of_memory_is_a_result():
 
 def test_tables_grow_and_are_never_mixed(tmp_path):
     path = tmp_path / "table.csv"
-    e2e.save(path, [fake()])
-    e2e.save(path, [fake(model="wan-14b")])
+    save(path, [fake()])
+    save(path, [fake(model="wan-14b")])
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["model"], row["way"]) for row in rows] == [
@@ -104,20 +105,37 @@ def test_tables_grow_and_are_never_mixed(tmp_path):
         ("wan-14b", "windows"),
     ]
     assert float(rows[1]["speedup"]) == 2.0 and not rows[0]["speedup"]
+    assert load(path) == [fake(dense_steps=0, steps=1), fake(model="wan-14b", dense_steps=0, steps=1)]
+    lost = fake(dense=Pass("flex", None, 0.0, {}, 0), attention=None, dense_steps=0, steps=1)
+    save(tmp_path / "lost.csv", [lost])
+    assert load(tmp_path / "lost.csv") == [lost]
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     with pytest.raises(InvalidProblem, match="holds other columns"):
-        e2e.save(other, [fake()])
+        save(other, [fake()])
     assert other.read_text() == "a,b\n1,2\n"
+    with pytest.raises(InvalidProblem, match="cannot be read as a table of whole models"):
+        load(other)
 
 
 def test_a_chart_is_drawn(tmp_path):
     from vicinal.bench.e2e_chart import draw
 
-    path = draw([fake(), fake(dense=e2e.Pass("flex", None, 0.0, {}, 0), attention=None)], tmp_path / "chart.svg")
+    path = draw([fake(), fake(dense=Pass("flex", None, 0.0, {}, 0), attention=None)], tmp_path / "chart.svg")
     text = path.read_text()
     assert all(part in text for part in PARTS)
     assert "2.00x" in text and "out of memory" in text
+
+
+def test_the_committed_table_is_drawn_and_meets_the_prediction(tmp_path):
+    table = Path(__file__).parents[2] / "benchmarks/results/nvidia-h100-80gb-hbm3/generative.csv"
+    result = vicinal("plot", "steps", table, "--out", tmp_path / "steps.svg")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "steps.svg").read_text()
+    for found in load(table):
+        assert found.model in text
+        if found.predicted is not None and found.speedup is not None:
+            assert found.predicted == pytest.approx(found.speedup, rel=0.1)
 
 
 needs_diffusers = pytest.mark.usefixtures("diffusers_or_skip")

@@ -21,7 +21,8 @@ from vicinal.testing.tolerance import assert_as_good_as_eager
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -r requirements-models.txt")
 
-from vicinal.integrations.diffusers.zoo import ZOO, Specimen, specimen
+from vicinal.integrations.diffusers.specimen import Specimen
+from vicinal.integrations.diffusers.zoo import ZOO, specimen
 
 MODELS = [
     name

@@ -2,159 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import gc
-import io
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from math import prod
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vicinal._files import write_whole
 from vicinal._tuples import times
 from vicinal.backends import choose, present
-from vicinal.bench.parts import GRID, PARTS, Stopwatch
+from vicinal.bench.e2e_result import EndToEnd, Pass
+from vicinal.bench.parts import Stopwatch
 from vicinal.bench.results import today
 from vicinal.errors import InvalidProblem
 from vicinal.hardware import Hardware
 from vicinal.integrations.sparsity import Setting
 from vicinal.plan import make_plan
 from vicinal.problem import Problem
-from vicinal.simulate import end_to_end, readable_time, simulate
+from vicinal.simulate import simulate
 
-
-@dataclass(frozen=True)
-class Pass:
-    """One way to run the model.
-
-    Args:
-        name: of the way.
-        seconds: median of a step; `None` if it ran out of memory.
-        spread: the range of the times, as a share of the median.
-        parts: seconds of each part of the pass that is the median; empty if they could not be told apart.
-        peak_bytes: of memory, weights included; 0 where it is not counted.
-    """
-
-    name: str
-    seconds: float | None
-    spread: float
-    parts: Mapping[str, float]
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
-class EndToEnd:
-    """What `measure` found. Prints itself.
-
-    Args:
-        model, grid, text, window, dtype, where: what ran.
-        layers, layers_in_all: built, and of the published model; times are scaled by their ratio.
-        dense, sparse: the two ways.
-        attention: speed-up of attention that the simulator expects, over all layers; `None` for a decoder,
-            whose model knows no dense attention.
-        dense_steps, steps: of a whole run.
-    """
-
-    model: str
-    grid: tuple[int, ...]
-    text: int
-    window: str
-    dtype: str
-    where: Mapping[str, str]
-    layers: int
-    layers_in_all: int
-    dense: Pass
-    sparse: Pass
-    attention: float | None
-    dense_steps: int
-    steps: int
-
-    @property
-    def speedup(self) -> float | None:
-        """Of one step."""
-        if self.dense.seconds is None or self.sparse.seconds is None:
-            return None
-        return self.dense.seconds / self.sparse.seconds
-
-    @property
-    def share(self) -> float | None:
-        """What part of the dense step attention over the grid takes."""
-        if self.dense.seconds is None or not self.dense.parts:
-            return None
-        return self.dense.parts[GRID] / self.dense.seconds
-
-    @property
-    def predicted(self) -> float | None:
-        """The same by Amdahl's law, from dense attention's measured share and the simulator's speed-up of it."""
-        if self.attention is None or self.share is None:
-            return None
-        return end_to_end(self.share, self.attention)
-
-    @property
-    def of_a_run(self) -> float | None:
-        """Speed-up of all steps, dense ones among them."""
-        if self.speedup is None:
-            return None
-        return self.steps / (self.dense_steps + (self.steps - self.dense_steps) / self.speedup)
-
-    def __str__(self) -> str:
-        text = f" + {self.text} of text" if self.text else ""
-        built = "" if self.layers == self.layers_in_all else f" (built {self.layers}; times are scaled up from them)"
-        lines = [
-            f"{self.model}, {times(self.grid)} tokens{text}, {self.layers_in_all} layers{built}, {self.dtype}, "
-            f"{self.where['device']}",
-            self.window,
-            "  " + f"{'':<10}" + "".join(f"{name:>25}" for name in ("step", *PARTS, "peak memory")),
-        ]
-        lines += [_row(way) for way in (self.dense, self.sparse)]
-        if self.speedup is not None:
-            lines.append(f"  speed-up of a step: {self.speedup:.2f}x")
-            if self.dense.parts and self.sparse.parts:
-                gain = self.dense.parts[GRID] / max(self.sparse.parts[GRID], 1e-12)
-                lines[-1] += f" (of attention over the grid: {gain:.2f}x)"
-        if self.predicted is not None:
-            lines.append(
-                f"  predicted:          {self.predicted:.2f}x (the simulator's {self.attention:.2f}x for attention, "
-                f"{self.share:.0%} of the dense step)"
-            )
-        if self.of_a_run is not None and self.dense_steps:
-            lines.append(f"  {self.steps} steps, {self.dense_steps} of them dense: {self.of_a_run:.2f}x")
-        lines.append("Weights are random: times do not depend on them, and nothing is said about quality.")
-        return "\n".join(lines)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One per way, for a CSV."""
-        common = {
-            **self.where,
-            "model": self.model,
-            "grid": times(self.grid),
-            "text": self.text,
-            "window": self.window,
-            "dtype": self.dtype,
-            "layers": self.layers,
-            "layers_in_all": self.layers_in_all,
-        }
-        return [
-            {
-                **common,
-                "way": way.name,
-                "seconds": way.seconds,
-                "spread": way.spread,
-                **{part.replace(" ", "_") + "_s": way.parts.get(part) for part in PARTS},
-                "peak_bytes": way.peak_bytes,
-                "speedup": None if way is self.dense else self.speedup,
-                "predicted_speedup": None if way is self.dense else self.predicted,
-                "simulated_attention_speedup": None if way is self.dense else self.attention,
-            }
-            for way in (self.dense, self.sparse)
-        ]
+Watched = dict[str, list[tuple[Stopwatch, int] | None]]
+"""Of each way its passes, with their peaks of memory; `None` where it ran out."""
 
 
 def measure(
@@ -169,7 +41,6 @@ def measure(
     steps: int = 1,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    model: Any = None,
     progress: Callable[[int, int, str], None] = lambda done, total, now: None,
 ) -> EndToEnd:
     """Time one step of a model with random weights, dense and with windows in turn.
@@ -183,7 +54,6 @@ def measure(
         repeats: timed passes of each way.
         dense_steps, steps: of a whole run, for its speed-up.
         device, dtype: by default bfloat16 on accelerators and float32 elsewhere.
-        model: built before, to be used again.
         progress: called with passes done, passes in all, and what is being done.
 
     Raises:
@@ -205,27 +75,12 @@ def measure(
     grid = grid or (found.tiny_grid if tiny else found.grid)
     window = dict(window or (found.tiny_window if tiny else found.window))
     progress(0, 2 * repeats, f"building {name}")
-    if model is None:
-        model = found.build(tiny=tiny, device=device, dtype=dtype, layers=layers)
-    in_all = found.layers(tiny=tiny)
-    built = found.layers_of(model)
+    model = found.build(tiny=tiny, device=device, dtype=dtype, layers=layers)
     arguments = found.arguments(model, grid, tiny=tiny)
     ways = _decoder_ways(model) if found.is_decoder else _transformer_ways(model, window)
-    watched: dict[str, list[tuple[Stopwatch, int] | None]] = {way: [] for way in ways}
-    settings: list[Setting | None] = []
+    scale = found.layers(tiny=tiny) / found.layers_of(model)
     with torch.no_grad(), _unmasked(model, arguments), _fastest_dense(device):
-        for turn in range(repeats):
-            for index, (way, enter) in enumerate(ways.items()):
-                progress(2 * turn + index, 2 * repeats, f"{name}: {way}")
-                with enter() as handle:
-                    watch = partial(Stopwatch, prod(grid), device, in_parts=way != "flex")
-                    # The first pass is not counted: kernels are compiled in it, and plans are made.
-                    latest = _timed(model, arguments, watch, device)
-                    if turn == 0 and latest is not None:
-                        latest = _timed(model, arguments, watch, device)
-                    watched[way].append(latest)
-                    settings = getattr(handle, "settings", settings)
-    scale = in_all / built
+        watched, settings = _passes(model, arguments, ways, prod(grid), device, repeats, progress)
     dense, sparse = (_pass(way, passes, scale) for way, passes in watched.items())
     return EndToEnd(
         model=name,
@@ -234,30 +89,14 @@ def measure(
         window="its own windows" if found.is_decoder else _described(window),
         dtype=str(dtype).removeprefix("torch."),
         where=today(device),
-        layers=built,
-        layers_in_all=in_all,
+        layers=found.layers_of(model),
+        layers_in_all=found.layers(tiny=tiny),
         dense=dense,
         sparse=sparse,
         attention=_expected(model, settings, found, tiny, dtype, device) if settings else None,
         dense_steps=dense_steps,
         steps=steps,
     )
-
-
-def save(path: Path | str, results: list[EndToEnd]) -> None:
-    """Append to a CSV, or begin one; whole or not at all."""
-    path = Path(path)
-    rows = [row for result in results for row in result.rows()]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not before:
-        writer.writeheader()
-    elif before.splitlines()[0].split(",") != list(rows[0]):
-        raise InvalidProblem(f"{path} holds other columns; name another file")
-    for row in rows:
-        writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
-    write_whole(path, lambda file: file.write((before + text.getvalue()).encode()))
 
 
 Ways = Mapping[str, Callable[[], AbstractContextManager[Any]]]
@@ -286,6 +125,32 @@ def _decoder_ways(model: Any) -> Ways:
         "flex": lambda: run_by(own.LTX2VideoVaeNeighborhoodAttnProcessor),
         "vicinal": lambda: run_by(LTX2DecoderProcessor),
     }
+
+
+def _passes(
+    model: Any,
+    arguments: Mapping[str, Any],
+    ways: Ways,
+    tokens: int,
+    device: torch.device,
+    repeats: int,
+    progress: Callable[[int, int, str], None],
+) -> tuple[Watched, list[Setting | None]]:
+    """All passes, the ways in turn, and the windows that the layers had."""
+    watched: Watched = {way: [] for way in ways}
+    settings: list[Setting | None] = []
+    for turn in range(repeats):
+        for index, (way, enter) in enumerate(ways.items()):
+            progress(2 * turn + index, 2 * repeats, f"{type(model).__name__}: {way}")
+            with enter() as handle:
+                watch = partial(Stopwatch, tokens, device, in_parts=way != "flex")
+                # The first pass is not counted: kernels are compiled in it, and plans are made.
+                latest = _timed(model, arguments, watch, device)
+                if turn == 0 and latest is not None:
+                    latest = _timed(model, arguments, watch, device)
+                watched[way].append(latest)
+                settings = getattr(handle, "settings", settings)
+    return watched, settings
 
 
 @contextmanager
@@ -376,14 +241,3 @@ def _described(window: Mapping[str, Any]) -> str:
         return times(value) if isinstance(value, (tuple, list)) else str(value)
 
     return ", ".join(f"{name.replace('_', ' ')} {text(value)}" for name, value in window.items())
-
-
-def _row(way: Pass) -> str:
-    if way.seconds is None:
-        return f"  {way.name:<10}{'out of memory':>25}"
-    memory = f"{way.peak_bytes / 2**30:.1f} GiB" if way.peak_bytes else ""
-    cells = [readable_time(way.seconds) + f" ± {way.spread / 2:.0%}"]
-    cells += [
-        f"{readable_time(way.parts[part])} ({way.parts[part] / way.seconds:.0%})" if way.parts else "" for part in PARTS
-    ]
-    return f"  {way.name:<10}" + "".join(f"{cell:>25}" for cell in (*cells, memory))

@@ -8,7 +8,7 @@ from typing import Any
 from vicinal._benchmark_chart import SERIES
 from vicinal._figure import legend, save, title
 from vicinal._tuples import times
-from vicinal.bench.e2e import EndToEnd
+from vicinal.bench.e2e_result import EndToEnd
 from vicinal.bench.parts import PARTS
 
 
@@ -26,9 +26,11 @@ def _draw(figure: Any, results: list[EndToEnd]) -> None:
     figure.set_size_inches(9, 1.4 + 0.9 * len(results))
     axes = figure.subplots()
     labels: list[str] = []
-    for result in results:
-        for way in (result.dense, result.sparse):
-            y, left = len(labels), 0.0
+    places: list[float] = []
+    for index, result in enumerate(results):
+        for below, way in enumerate((result.dense, result.sparse)):
+            y, left = 2.5 * index + below, 0.0
+            places.append(y)
             labels.append(f"{result.model} {times(result.grid)}, {way.name}")
             for part, color in zip(PARTS, SERIES, strict=False):
                 width = way.parts.get(part, 0.0)
@@ -37,12 +39,12 @@ def _draw(figure: Any, results: list[EndToEnd]) -> None:
             if way.seconds is not None and not way.parts:
                 axes.barh(y, way.seconds, color="#7F7F7F", alpha=0.5)  # its parts could not be told apart
                 left = way.seconds
-            note = "out of memory" if way.seconds is None else f" {way.seconds:.3g} s"
+            note = " out of memory" if way.seconds is None else f" {way.seconds:.3g} s"
             if way is result.sparse and result.speedup is not None:
                 note += f", {result.speedup:.2f}x"
                 note += "" if result.predicted is None else f" ({result.predicted:.2f}x predicted)"
             axes.text(left, y, note, va="center", fontsize=8)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlabel("seconds per step")
     axes.margins(x=0.25)

@@ -18,7 +18,7 @@ import torch
 from vicinal._files import write_whole
 from vicinal.errors import InvalidProblem
 
-PACKAGES = ("torch", "triton", "natten", "flash-attn")
+PACKAGES = ("torch", "triton", "natten", "flash-attn", "diffusers")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from vicinal.cli._console import progress, say
 from vicinal.cli._options import SHAPE, Device, KVOrigin, KVTile, QTile, numbers, problem_of, tiling_of
 from vicinal.errors import InvalidProblem
 
-KINDS = ("windows", "plan", "speedups", "benchmark")
+KINDS = ("windows", "plan", "speedups", "benchmark", "steps")
 
 
 def plot(
@@ -28,7 +28,7 @@ def plot(
     kv_origin: KVOrigin = "free",
     hardware: Device = "h100-sxm",
 ) -> None:
-    """Draw the windows of single queries, a plan, speed-ups against window and stride, or a benchmark's times."""
+    """Draw the windows of single queries, a plan, speed-ups against window and stride, or a table of times."""
     from vicinal import plots
     from vicinal.hardware import Hardware
     from vicinal.plan import make_plan
@@ -42,6 +42,11 @@ def plot(
     with progress(f"drawing {kind}"):
         if kind == "benchmark":
             written = plots.draw_benchmark(subject, out)
+        elif kind == "steps":
+            from vicinal.bench.e2e_chart import draw
+            from vicinal.bench.e2e_result import load
+
+            written = draw(load(subject), out)
         elif kind == "speedups":
             device, grid = Hardware.named(hardware or "h100-sxm"), numbers(subject, "grid")
             tiling = tiling_of(Problem.grid(grid, -1), q_tile, kv_tile, kv_origin, device)

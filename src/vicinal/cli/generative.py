@@ -32,7 +32,8 @@ def e2e(
     """Time a step of a whole model, dense and with windows, beside the simulator's prediction. Random weights."""
     import torch
 
-    from vicinal.bench.e2e import measure, save
+    from vicinal.bench.e2e import measure
+    from vicinal.bench.e2e_result import save
     from vicinal.cli._machine import torch_device
 
     place = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -12,7 +12,7 @@ from vicinal.cli._console import Json, progress, say, say_json, table
 from vicinal.cli._options import Backend
 from vicinal.errors import InvalidProblem
 
-PACKAGES = ("torch", "triton", "numpy", "pillow", "typer", "rich", "matplotlib", "scikit-image", "nibabel")
+PACKAGES = ("torch", "triton", "numpy", "pillow", "typer", "rich", "matplotlib", "scikit-image", "nibabel", "diffusers")
 """What the library or its commands use, required or not."""
 
 
