@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODELS := .venv/.models
 
-.PHONY: demo test check lint types unit bench clean
+.PHONY: demo test check lint types unit timm bench clean
 
 demo: $(READY)
 	mkdir -p out
@@ -24,6 +24,10 @@ types: $(MODELS)
 unit: $(MODELS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
+# timm's models need torchvision, which needs a torch of its own: an environment apart, several gigabytes.
+timm: .venv-timm/.ready
+	OMP_NUM_THREADS=1 PYTHONPATH=src .venv-timm/bin/python -m pytest -q tests/integrations/test_timm.py tests/test_models.py
+
 bench: $(READY)
 	$(BIN)/vicinal bench --suite cpu
 
@@ -38,5 +42,10 @@ $(MODELS): $(READY) requirements-models.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-models.txt
 	touch $(MODELS)
 
+.venv-timm/.ready: requirements-timm.txt
+	$(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-timm.txt
+	touch .venv-timm/.ready
+
 clean:
-	rm -rf .venv out dist build .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .venv-timm out dist build .pytest_cache .hypothesis .ruff_cache
