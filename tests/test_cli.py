@@ -277,7 +277,7 @@ def test_demo_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("check --device nonsense", "device must be one that this machine has, such as cpu, got 'nonsense'"),
         ("bench --suite nonsense", "suite must be one of"),
         ("bench --seconds 0", "seconds must be above 0"),
-        ("plot nonsense 3x4 --out a.png", "kind must be one of windows, plan, speedups, benchmark, got 'nonsense'"),
+        ("plot nonsense 3x4 --out a.png", "kind must be one of windows, plan, speedups, benchmark, steps, got 'nonsense'"),
         ("plot plan 30x40 --out a.png", "needs --kernel-size"),
         ("plot plan 30x40 -k 3 --out a.txt", "must end in .png or .svg"),
         ("plot benchmark missing.csv --out a.png", "missing.csv cannot be read"),
