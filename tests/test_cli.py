@@ -51,7 +51,20 @@ TILES = ["--q-tile", "4x8x8", "--kv-tile", "2x8x8", "--kv-origin", "grid"]
 
 def test_help_names_every_command():
     text = said("--help")
-    for command in ["demo", "denoise", "explain", "plan", "simulate", "suggest", "check", "bench", "plot", "doctor"]:
+    for command in [
+        "demo",
+        "denoise",
+        "explain",
+        "plan",
+        "simulate",
+        "suggest",
+        "check",
+        "bench",
+        "plot",
+        "e2e",
+        "natten-kernel",
+        "doctor",
+    ]:
         assert f" {command} " in text
         assert "--help" in said(command, "-h")
     assert said() == text
@@ -277,7 +290,10 @@ def test_demo_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("check --device nonsense", "device must be one that this machine has, such as cpu, got 'nonsense'"),
         ("bench --suite nonsense", "suite must be one of"),
         ("bench --seconds 0", "seconds must be above 0"),
-        ("plot nonsense 3x4 --out a.png", "kind must be one of windows, plan, speedups, benchmark, steps, got 'nonsense'"),
+        (
+            "plot nonsense 3x4 --out a.png",
+            "kind must be one of windows, plan, speedups, benchmark, steps, got 'nonsense'",
+        ),
         ("plot plan 30x40 --out a.png", "needs --kernel-size"),
         ("plot plan 30x40 -k 3 --out a.txt", "must end in .png or .svg"),
         ("plot benchmark missing.csv --out a.png", "missing.csv cannot be read"),

@@ -459,6 +459,55 @@ def test_the_handle_says_what_it_is():
     assert str(handle).endswith("removed")
 
 
+def test_a_pipeline_with_guidance_counts_its_steps_and_begins_anew():
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-models.txt")
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    model = specimen("wan-14b").build(tiny=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=model)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[tuple[int, bool]] = []
+    with sparsify(model, (2, 3, 5), dense_steps=(1, 1), steps=4) as handle:
+        model.blocks[0].register_forward_pre_hook(
+            lambda block, _: seen.append((handle.step, block.attn1.processor.setting is not None))
+        )
+        for _ in range(2):
+            pipe(
+                prompt_embeds=torch.randn(1, 7, 12),
+                negative_prompt_embeds=torch.randn(1, 7, 12),
+                height=96,
+                width=112,
+                num_frames=13,
+                num_inference_steps=4,
+                guidance_scale=4.0,
+                output_type="latent",
+            )
+    once = [(0, False)] * 2 + [(1, True)] * 2 + [(2, True)] * 2 + [(3, False)] * 2
+    assert seen == once * 2
+
+
+def test_a_pipeline_of_pictures_says_its_grid():
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-models.txt")
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    model = specimen("flux").build(tiny=True)
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=model, **nothing)
+    pipe.set_progress_bar_config(disable=True)
+    with sparsify(model, (4, 5), dense_steps=1) as handle:
+        pipe(
+            prompt_embeds=torch.randn(1, 7, 12),
+            pooled_prompt_embeds=torch.randn(1, 6),
+            height=144,
+            width=224,
+            num_inference_steps=3,
+            output_type="latent",
+        )
+        assert (handle.grid, handle.step) == ((9, 14), 2)
+        assert all(setting is not None for setting in handle.settings)
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
