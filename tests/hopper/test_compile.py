@@ -52,13 +52,13 @@ def test_compiles_without_spills(variant: Variant, record_property: pytest.Recor
 def allowed_stack(variant: Variant) -> int:
     """Bytes per thread: none, but for kinds of kernel that are known to be short of registers.
 
-    Those are the specialised ones with additional keys or with heads of 256, and the small ones that are
-    capped so that five blocks fit, or have heads of 256. The bounds are there to be lowered.
+    Those are the ones with additional keys, those with heads of 256, and the small ones that are capped so that
+    five blocks fit. The bounds are there to be lowered.
     """
     from vicinal.backends.hopper.compile import SPARE_STACK
 
-    if variant.consumers > 1:
-        return 128 if variant.has_additional or variant.head_dim == 256 else 0
+    if variant.consumers > 1 and variant.has_additional:
+        return 128
     return SPARE_STACK if any(variant.register_caps) or variant.head_dim == 256 else 0
 
 

@@ -258,7 +258,7 @@ def forward(
                 (producer, (block, query, key, value, more_key, more_value, V)),
             ],
             [4, 1],
-            [V.registers, 24],
+            [V.registers, V.producer_registers],
         )
     else:
         gl.warp_specialize(
@@ -269,5 +269,5 @@ def forward(
                 (producer, (block, query, key, value, more_key, more_value, V)),
             ],
             [4, 4, 1],
-            [V.registers, V.registers, 24],
+            [V.registers, V.registers, V.producer_registers],
         )

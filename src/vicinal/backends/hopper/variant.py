@@ -93,8 +93,13 @@ class Variant:
 
     @property
     def registers(self) -> int:
-        """Registers per thread of a computing warpgroup; the producer's 24 come on top."""
-        return {1: 0, 2: 240, 3: 160}[self.consumers]
+        """Registers per thread of a computing warpgroup; the producer's come on top."""
+        return {1: 0, 2: 232 if self.head_dim == 256 else 240, 3: 160}[self.consumers]
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers per thread of the warp that loads; with heads of 256, in four parts, 24 are too few."""
+        return 40 if self.head_dim == 256 else 24
 
     @property
     def register_caps(self) -> tuple[int, ...]:
