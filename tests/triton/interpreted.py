@@ -24,13 +24,22 @@ from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
 from vicinal.testing import LAWS, Law
 from vicinal.testing.cases import random_axes
-from vicinal.testing.laws import Trial
+from vicinal.testing.trial import Trial
 
 CPU = torch.device("cpu")
 RIDERS: tuple[dict[str, Any], ...] = (
     {"batch": 2, "heads": 1, "heads_kv": 1, "head_dim": 16, "head_dim_v": 16, "scale": 0.25, "dtype": "float32"},
     {"batch": 1, "heads": 2, "heads_kv": 1, "head_dim": 8, "head_dim_v": 24, "scale": -0.3, "dtype": "float16"},
-    {"batch": 1, "heads": 1, "heads_kv": 1, "head_dim": 40, "head_dim_v": 16, "scale": 0.0, "dtype": "float32"},
+    {
+        "batch": 1,
+        "heads": 1,
+        "heads_kv": 1,
+        "head_dim": 40,
+        "head_dim_v": 16,
+        "scale": 0.0,
+        "dtype": "float32",
+        "position_bias": True,
+    },
 )
 LONG = {"memory_around_is_not_read", "two_runs_are_bitwise_equal"}
 SPECIAL = {"whole_window_is_dense_attention", "strided_window_is_blocked_attention", "merged_halves_are_the_whole"}

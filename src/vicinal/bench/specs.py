@@ -105,7 +105,42 @@ H100_FORWARD = (
     _h100("DiNAT 28x28 d4, heads of 32", _DINAT, None, (28, 28), 7, 8, 32, batch=64, dilation=4),
 )  # fmt: skip
 
-SUITES: dict[str, tuple[Spec, ...]] = {"smoke": SMOKE, "cpu": CPU, "h100-forward": H100_FORWARD}
+
+def _portable(name: str, shape: tuple[int, ...], window: Any, heads: int, head_dim: int, **more: Any) -> Spec:
+    problem = Problem.grid(shape, window, heads=heads, head_dim=head_dim, **{"dtype": "bfloat16", **more})
+    return Spec(name, problem, "goals of the portable backend", (FORWARD, BOTH))
+
+
+_IMAGES = (64, 64), 13, 8
+
+H100_PORTABLE = (
+    _portable("HunyuanVideo s16x8x8", (30, 48, 80), (18, 24, 24), 24, 128, stride=(16, 8, 8)),
+    _portable("HunyuanVideo s1", (30, 48, 80), (18, 24, 24), 24, 128),
+    _portable("FLUX 4K s16", (256, 256), 80, 24, 128, stride=16),
+    _portable("FLUX 4K s1", (256, 256), 80, 24, 128),
+    _portable("65536 w2048", (65536,), 2048, 8, 128),
+    _portable("LTX stage 1", (18, 34, 60), (3, 7, 7), 32, 64),
+    _portable("LTX stage 3", (35, 68, 120), (3, 5, 5), 8, 64),
+    _portable("LTX stage 4", (69, 136, 240), (3, 5, 5), 8, 64),
+    _portable("DiNAT 56x56", (56, 56), 7, 2, 64, batch=64),
+    _portable("DiNAT 56x56 d8", (56, 56), 7, 2, 64, batch=64, dilation=8),
+    _portable("DiNAT 28x28 d4, heads of 32", (28, 28), 7, 8, 32, batch=64, dilation=4),
+    _portable("float32", *_IMAGES, 64, batch=4, dtype="float32"),
+    _portable("float16", *_IMAGES, 64, batch=4, dtype="float16"),
+    *(_portable(f"heads of {n}", *_IMAGES, n, batch=4) for n in (40, 80, 96, 128, 256)),
+    _portable("values of 32", *_IMAGES, 64, batch=4, head_dim_v=32),
+    _portable("4 heads to a key head", *_IMAGES, 64, batch=4, heads_kv=2),
+    _portable("causal on axis 0", *_IMAGES, 64, batch=4, is_causal=(True, False)),
+    _portable("256 additional keys", *_IMAGES, 64, batch=4, additional=256),
+    _portable("position bias", *_IMAGES, 64, batch=4, position_bias=True),
+)
+
+SUITES: dict[str, tuple[Spec, ...]] = {
+    "smoke": SMOKE,
+    "cpu": CPU,
+    "h100-forward": H100_FORWARD,
+    "h100-portable": H100_PORTABLE,
+}
 
 
 def suite(name: str) -> tuple[Spec, ...]:

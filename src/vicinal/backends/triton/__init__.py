@@ -8,6 +8,7 @@ from two passes that each own what they write, so that they are the same in ever
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from vicinal._tuples import ceil_div
 from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.devices import present
-from vicinal.backends.triton.cost import Cut, best_cut, ranked_tilings, shape_of
+from vicinal.backends.triton.cost import Cut, Shape, best_cut, ranked_tilings, shape_of
 from vicinal.backends.triton.interpreter import is_installed, is_interpreting
 from vicinal.backends.triton.launch import Operands
 from vicinal.hardware import Hardware
@@ -24,7 +25,10 @@ from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
 MOST_BLOCKS = 1024
-"""Blocks that the gradients of additional keys are spread over, about."""
+"""Blocks that the gradients of additional keys, or of a position bias, are spread over, about."""
+
+DIAGONAL = 64
+"""Pairs of one offset that are met at a time."""
 
 
 class Triton:
@@ -93,7 +97,8 @@ class Triton:
         tensors = [tensor for tensor in inputs[:5] if tensor is not None]
         grads = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
         if not output.lse.numel():
-            return Gradients(*(grad.zero_() for grad in grads))
+            table = None if inputs.position_bias is None else torch.zeros_like(inputs.position_bias)
+            return Gradients(*(grad.zero_() for grad in grads))._replace(position_bias=table)
         lse = output.lse.contiguous()
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
         delta = torch.empty_like(lse)
@@ -105,7 +110,10 @@ class Triton:
         operands.run("keys", cut, grad_key=grads[1], grad_value=grads[2], **sums)
         if problem.additional:
             grads[3:] = additional_gradients(operands, cut, sums)
-        return Gradients(*grads)
+        if inputs.position_bias is None:
+            return Gradients(*grads)
+        table = bias_gradients(operands, sums).view(problem.bias_shape).to(inputs.position_bias.dtype)
+        return Gradients(*grads)._replace(position_bias=table)
 
 
 def additional_gradients(operands: Operands, cut: Cut, sums: dict[str, Tensor]) -> list[Tensor]:
@@ -124,6 +132,19 @@ def additional_gradients(operands: Operands, cut: Cut, sums: dict[str, Tensor]) 
     parts = dict(zip(("partial_key", "partial_value"), partial, strict=True))
     operands.run("additional", flat, (blocks, chunks), chunk=chunk, **parts, **sums)
     return [part.sum(0).to(operands.tensors["query"].dtype) for part in partial]
+
+
+def bias_gradients(operands: Operands, sums: dict[str, Tensor]) -> Tensor:
+    """Gradient of the position bias, `[H, entries]`: sums over diagonals, in chunks that run side by side."""
+    problem = operands.problem
+    entries = prod(problem.bias_shape)
+    chunks = min(ceil_div(MOST_BLOCKS, entries * problem.batch), ceil_div(problem.tokens, DIAGONAL))
+    chunk = ceil_div(ceil_div(problem.tokens, chunks), DIAGONAL) * DIAGONAL
+    chunks = ceil_div(problem.tokens, chunk)
+    partial = torch.empty(chunks * problem.batch, entries, dtype=torch.float32, device=operands.device)
+    cut = Cut((DIAGONAL,), (DIAGONAL,), Shape(DIAGONAL, DIAGONAL, 4, 1, 0.0, 0.0, 0.0), 0.0, True)
+    operands.run("bias", cut, (entries, len(partial)), chunk=chunk, chunks=chunks, partial_bias=partial, **sums)
+    return partial.sum(0)
 
 
 backend = Triton()

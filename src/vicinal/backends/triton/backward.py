@@ -12,20 +12,26 @@ import triton.language as tl
 
 from vicinal.backends.triton.tile import (
     additional_at,
+    biased,
     boxes_of,
+    entry_of,
     exist,
     is_full,
     load,
     mask_of,
     moved,
     next_box,
+    query_entries,
     store,
+    table_of,
     tile_of,
     token_at,
     tokens_in,
     valid_additional,
     vector_at,
     vectors_in,
+    window_start,
+    window_stop,
     windows_of,
 )
 
@@ -49,13 +55,13 @@ def add_key_gradients(p, q, do, v, shift, dk, dv, V: tl.constexpr):
 
 @triton.jit
 def query_gradients(
-    query, key, value, out, more_key, more_value, grad_out, grad_query, lse, grad_lse, delta, lengths, axes, steps,
+    query, key, value, out, more_key, more_value, bias, grad_out, grad_query, lse, grad_lse, delta, lengths, axes, steps,
     heads, group, additional, scale, V: tl.constexpr,
 ):  # fmt: skip
     """One block: the gradients of one tile of queries of one head, and their delta.
 
     Args:
-        query, key, value, out, more_key, more_value, lengths: as in `forward.forward`.
+        query, key, value, out, more_key, more_value, bias, lengths: as in `forward.forward`.
         grad_out, grad_query: `[B, *S, H, D]`.
         lse, grad_lse, delta: `[B, *S, H]`, the last one written.
         axes, steps, heads, group, additional, scale, V: as in `forward.forward`.
@@ -90,6 +96,11 @@ def query_gradients(
     key_offsets = vectors_in(COLUMNS, axes, steps.key, V)
     value_offsets = vectors_in(COLUMNS, axes, steps.value, V)
     dq = tl.zeros([R, D], tl.float32)
+    if V.has_bias:
+        table = table_of(bias, tile.head, axes)
+        entries = query_entries(
+            ROWS, tile.t.first, tile.h.first, tile.w.first, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes
+        )
     t = 0
     h = 0
     w = 0
@@ -98,10 +109,14 @@ def query_gradients(
         k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
         v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
         scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
-        p = tl.exp2(scores * scale - sums[:, None])
-        if V.masked:
-            if not is_full(t, h, w, tile, V):
-                p = tl.where(mask_of(windows, COLUMNS, t, h, w, V), p, 0.0)
+        if V.has_bias:
+            keep = mask_of(windows, COLUMNS, t, h, w, V)
+            p = tl.exp2(biased(scores, scale, table, entries, keep, COLUMNS, t, h, w, axes) - sums[:, None])
+        else:
+            p = tl.exp2(scores * scale - sums[:, None])
+            if V.masked:
+                if not is_full(t, h, w, tile, V):
+                    p = tl.where(mask_of(windows, COLUMNS, t, h, w, V), p, 0.0)
         ds = score_gradients(p, do, v, shift, V)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=V.precision)
         t, h, w = next_box(t, h, w, tile, V)
@@ -123,13 +138,22 @@ def query_gradients(
 
 
 @triton.jit
+def queries_of(t, h, w, tile, axes, V: tl.constexpr):
+    """Windows and entries of a box of queries at members `(t, h, w)`, counted from the first key of the tile."""
+    BOX: tl.constexpr = V.columns
+    windows = windows_of(BOX, t, h, w, tile.t.first, tile.h.first, tile.w.first, tile, axes)
+    return windows, query_entries(BOX, t, h, w, tile.t.first, tile.h.first, tile.w.first, tile, axes)
+
+
+@triton.jit
 def key_gradients(
-    query, key, value, grad_out, grad_key, grad_value, lse, delta, axes, steps, heads, group, scale, V: tl.constexpr
-):
+    query, key, value, bias, grad_out, grad_key, grad_value, lse, delta, axes, steps, heads, group, scale,
+    V: tl.constexpr,
+):  # fmt: skip
     """One block: the gradients of one tile of keys and values of one head. Rows are keys here.
 
     Args:
-        query, key, value: as in `forward.forward`.
+        query, key, value, bias: as in `forward.forward`.
         grad_out: `[B, *S, H, Dv]`; grad_key, grad_value: `[B, *S, Hkv, D]`.
         lse, delta: `[B, *S, H]`.
         axes, steps, heads, group, scale, V: as in `forward.forward`.
@@ -172,13 +196,17 @@ def key_gradients(
             sums = tl.load(lse + number * heads + head, mask=near, other=float("inf")) * LOG2_E
             shift = tl.load(delta + number * heads + head, mask=near, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
-            p = tl.exp2(scores * scale - sums[:, None])
-            if V.masked:
-                if not is_full(t, h, w, tile, V):
-                    windows = windows_of(
-                        COLUMNS, first_t, first_h, first_w, tile.t.first, tile.h.first, tile.w.first, tile, axes
-                    )
-                    p = tl.where(mask_of(windows, ROWS, 0, 0, 0, V), p, 0.0)
+            if V.has_bias:
+                windows, entries = queries_of(first_t, first_h, first_w, tile, axes, V)
+                keep = mask_of(windows, ROWS, 0, 0, 0, V)
+                table = table_of(bias, head, axes)
+                p = tl.exp2(biased(scores, scale, table, entries, keep, ROWS, 0, 0, 0, axes) - sums[:, None])
+            else:
+                p = tl.exp2(scores * scale - sums[:, None])
+                if V.masked:
+                    if not is_full(t, h, w, tile, V):
+                        windows, _ = queries_of(first_t, first_h, first_w, tile, axes, V)
+                        p = tl.where(mask_of(windows, ROWS, 0, 0, 0, V), p, 0.0)
             dk, dv = add_key_gradients(p, q, do, v, shift, dk, dv, V)
             t, h, w = next_box(t, h, w, tile, V)
     t = tile.t.first
@@ -252,3 +280,66 @@ def additional_gradients(
     is_row = row < additional
     store(partial_key, place * V.head_dim, is_row, dk * (scale * LN2), V.head_dim, D)
     store(partial_value, place * V.head_dim_v, is_row, dv, V.head_dim_v, DV)
+
+
+@triton.jit
+def key_is_seen(place, offset, axis):
+    """Whether tokens at these places of an axis see the key `offset` members further."""
+    member = place // axis.dilation
+    members = (axis.length - place % axis.dilation + axis.dilation - 1) // axis.dilation
+    key = member + offset
+    return (key >= window_start(member, members, axis)) & (key < window_stop(member, members, axis))
+
+
+@triton.jit
+def bias_gradients(
+    query, key, value, bias, grad_out, lse, delta, partial_bias, axes, steps, heads, group, chunk, chunks, scale,
+    V: tl.constexpr,
+):  # fmt: skip
+    """One block: what one chunk of the queries of a batch row adds to the gradient of one entry of the position bias.
+
+    Pairs of one offset lie on a diagonal of the scores, so their products are computed one by one.
+
+    Args:
+        query, key, value, bias, grad_out, lse, delta: as in the other passes.
+        partial_bias: `[B * chunks, H, entries]`, float32.
+        chunk, chunks: queries in a chunk, and chunks of a batch row.
+        axes, steps, heads, group, scale, V: as in `forward.forward`.
+    """
+    R: tl.constexpr = V.row_count
+    D: tl.constexpr = V.depth
+    DV: tl.constexpr = V.depth_v
+    per_head = (2 * axes[0].kernel_size - 1) * entry_of(1, 0, 0, axes)
+    head = tl.program_id(0) // per_head
+    entry = tl.program_id(0) - head * per_head
+    w_entries = 2 * axes[2].kernel_size - 1
+    h_entries = 2 * axes[1].kernel_size - 1
+    w_offset = entry % w_entries - axes[2].kernel_size + 1
+    h_offset = entry // w_entries % h_entries - axes[1].kernel_size + 1
+    t_offset = entry // (w_entries * h_entries) - axes[0].kernel_size + 1
+    ahead = (t_offset * axes[0].dilation * axes[1].length + h_offset * axes[1].dilation) * axes[2].length
+    ahead += w_offset * axes[2].dilation
+    batch = tl.program_id(1) // chunks
+    first = (tl.program_id(1) - batch * chunks) * chunk
+    tokens = axes[0].length * axes[1].length * axes[2].length
+    stop = tl.minimum(first + chunk, tokens)
+    shared = tl.load(bias + tl.program_id(0))
+    acc = tl.zeros([R], tl.float32)
+    for start in tl.range(first, stop, R):
+        number = start + tl.arange(0, R)
+        line = number // axes[2].length
+        keep = (number < stop) & key_is_seen(number % axes[2].length, w_offset, axes[2])
+        keep = keep & key_is_seen(line % axes[1].length, h_offset, axes[1])
+        keep = keep & key_is_seen(line // axes[1].length, t_offset, axes[0])
+        q = load(query, scattered(number, batch, head, axes, steps.query, V), keep, V.head_dim, D)
+        do = load(grad_out, scattered(number, batch, head, axes, steps.grad_out, V), keep, V.head_dim_v, DV)
+        k = load(key, scattered(number + ahead, batch, head // group, axes, steps.key, V), keep, V.head_dim, D)
+        v = load(value, scattered(number + ahead, batch, head // group, axes, steps.value, V), keep, V.head_dim_v, DV)
+        place = (batch.to(tl.int64) * tokens + number) * heads + head
+        sums = tl.load(lse + place, mask=keep, other=0.0) * LOG2_E
+        shift = tl.load(delta + place, mask=keep, other=0.0)
+        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        dp = tl.sum(do.to(tl.float32) * v.to(tl.float32), 1)
+        acc += tl.where(keep, tl.exp2(scores * scale + shared - sums) * (dp - shift), 0.0)
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partial_bias + place, tl.sum(acc, 0))

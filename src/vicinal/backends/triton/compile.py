@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
-from vicinal.backends.triton.backward import additional_gradients, key_gradients, query_gradients
+from vicinal.backends.triton.backward import additional_gradients, bias_gradients, key_gradients, query_gradients
 from vicinal.backends.triton.forward import forward
 from vicinal.backends.triton.variant import AxisArgs, StepArgs, Steps, Variant
 
@@ -22,16 +22,17 @@ KERNELS = {
     "queries": query_gradients,
     "keys": key_gradients,
     "additional": additional_gradients,
+    "bias": bias_gradients,
 }
 
 ELEMENT = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 
 KINDS: dict[str, Any] = {
-    **dict.fromkeys(("lse", "grad_lse", "delta", "partial_key", "partial_value"), "*fp32"),
+    **dict.fromkeys(("lse", "grad_lse", "delta", "bias", "partial_key", "partial_value", "partial_bias"), "*fp32"),
     "lengths": "*i32",
     "axes": (AxisArgs(*["i32"] * 6),) * 3,
     "steps": Steps(*[StepArgs("i64", *["i32"] * 4)] * 10),
-    **dict.fromkeys(("heads", "group", "additional", "chunk"), "i32"),
+    **dict.fromkeys(("heads", "group", "additional", "chunk", "chunks"), "i32"),
     "scale": "fp32",
     "V": "constexpr",
 }

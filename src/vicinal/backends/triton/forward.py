@@ -5,6 +5,7 @@ import triton.language as tl
 
 from vicinal.backends.triton.tile import (
     additional_at,
+    biased,
     boxes_of,
     exist,
     is_full,
@@ -12,7 +13,9 @@ from vicinal.backends.triton.tile import (
     mask_of,
     moved,
     next_box,
+    query_entries,
     store,
+    table_of,
     tile_of,
     token_at,
     tokens_in,
@@ -41,7 +44,7 @@ def attend(scores, values, acc, peak, total, scale, V: tl.constexpr):
 
 @triton.jit
 def forward(
-    query, key, value, out, more_key, more_value, lse, lengths, axes, steps, heads, group, additional, scale,
+    query, key, value, out, more_key, more_value, bias, lse, lengths, axes, steps, heads, group, additional, scale,
     V: tl.constexpr,
 ):  # fmt: skip
     """One block: one tile of queries of one head.
@@ -49,6 +52,7 @@ def forward(
     Args:
         query, key, value, out: `[B, *S, H, D]`.
         more_key, more_value: additional keys and values, `[B, M, Hkv, D]`.
+        bias: `[H, 2 * k - 1, ...]`, times log2(e).
         lse: `[B, *S, H]`.
         lengths: how many additional keys count, `[B]`.
         axes: an `AxisArgs` each.
@@ -81,6 +85,11 @@ def forward(
     acc = tl.zeros([R, DV], tl.float32)
     peak = tl.full([R], FLOOR, tl.float32)
     total = tl.zeros([R], tl.float32)
+    if V.has_bias:
+        table = table_of(bias, tile.head, axes)
+        entries = query_entries(
+            ROWS, tile.t.first, tile.h.first, tile.w.first, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes
+        )
     t = 0
     h = 0
     w = 0
@@ -88,11 +97,14 @@ def forward(
         near = exist(COLUMNS, tile.t.origin + t, tile.h.origin + h, tile.w.origin + w, tile, V)
         k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
         scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
-        if V.masked:
+        if V.has_bias:
+            keep = mask_of(windows, COLUMNS, t, h, w, V)
+            scores = biased(scores, scale, table, entries, keep, COLUMNS, t, h, w, axes)
+        elif V.masked:
             if not is_full(t, h, w, tile, V):
                 scores = tl.where(mask_of(windows, COLUMNS, t, h, w, V), scores, float("-inf"))
         v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
-        acc, peak, total = attend(scores, v, acc, peak, total, scale, V)
+        acc, peak, total = attend(scores, v, acc, peak, total, 1.0 if V.has_bias else scale, V)
         t, h, w = next_box(t, h, w, tile, V)
     if V.has_additional:
         valid = valid_additional(lengths, tile.batch, additional)

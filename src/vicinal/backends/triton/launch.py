@@ -94,7 +94,7 @@ class Operands:
         self.hardware = present(self.device)
         self.precision = precision_of(problem, self.hardware)
         tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value, **more}
-        self.lengths = inputs.query  # read only if there are additional keys
+        self.lengths = inputs.query  # not read where there are no additional keys
         if inputs.additional_keys is not None and inputs.additional_values is not None and problem.additional:
             tensors |= {"more_key": inputs.additional_keys, "more_value": inputs.additional_values}
             lengths = inputs.additional_lengths
@@ -102,6 +102,9 @@ class Operands:
                 lengths = torch.full((problem.batch,), problem.additional, device=self.device)
             self.lengths = lengths.to(torch.int32)
         self.tensors = {name: readable(tensor) for name, tensor in tensors.items()}
+        self.bias = inputs.query  # likewise
+        if inputs.position_bias is not None:
+            self.bias = (inputs.position_bias.float() * LOG2_E).contiguous()
 
     def run(self, kernel: str, cut: Cut, grid: tuple[int, int] | None = None, **more: Any) -> None:
         """Start a pass on the current stream.
@@ -124,6 +127,7 @@ class Operands:
             "more_key": self.tensors["key"],
             "more_value": self.tensors["value"],
             "lengths": self.lengths,
+            "bias": self.bias,
             "axes": axes,
             "steps": steps,
             "heads": problem.heads,

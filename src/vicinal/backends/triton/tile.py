@@ -222,6 +222,38 @@ def mask_of(windows, BOX: tl.constexpr, t, h, w, V: tl.constexpr):
 
 
 @triton.jit
+def entry_of(t, h, w, axes):
+    """Number of an offset in a table of position bias, and of a place likewise: numbers differ as places do."""
+    return (t * (2 * axes[1].kernel_size - 1) + h) * (2 * axes[2].kernel_size - 1) + w
+
+
+@triton.jit
+def query_entries(BOX: tl.constexpr, t, h, w, t_origin, h_origin, w_origin, tile, axes):
+    """What to take from a key's entry, for each query of a box at members `(t, h, w)`; both count from the origins."""
+    t_place, h_place, w_place = places(BOX)
+    t = tl.minimum(t + t_place, tile.t.members - 1) - t_origin
+    h = tl.minimum(h + h_place, tile.h.members - 1) - h_origin
+    w = tl.minimum(w + w_place, tile.w.members - 1) - w_origin
+    middle = entry_of(axes[0].kernel_size - 1, axes[1].kernel_size - 1, axes[2].kernel_size - 1, axes)
+    return entry_of(t, h, w, axes) - middle
+
+
+@triton.jit
+def biased(scores, scale, table, entries, keep, BOX: tl.constexpr, t, h, w, axes):
+    """Scaled scores of a box of keys, `(t, h, w)` after the origins, with their bias; -inf where none is seen."""
+    t_place, h_place, w_place = places(BOX)
+    keys = entry_of(t + t_place, h + h_place, w + w_place, axes)
+    return scores * scale + tl.load(table + (keys[None, :] - entries[:, None]), mask=keep, other=float("-inf"))
+
+
+@triton.jit
+def table_of(bias, head, axes):
+    """Pointer to a head's part of the table, `[H, entries]`."""
+    t = 2 * axes[0].kernel_size - 1
+    return bias + head.to(tl.int64) * t * entry_of(1, 0, 0, axes)
+
+
+@triton.jit
 def exist(BOX: tl.constexpr, t, h, w, tile, V: tl.constexpr):
     """Which tokens of a box that begins at members `(t, h, w)` lie on the grid."""
     t_place, h_place, w_place = places(BOX)

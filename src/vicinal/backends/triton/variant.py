@@ -59,14 +59,15 @@ class Variant:
     columns keys, but in the pass for the gradients of keys and values, where it is the other way round.
 
     Args:
-        kernel: `"forward"`, `"queries"` (their gradient), `"keys"` (that of keys and values) or
-            `"additional"` (that of additional keys and values).
+        kernel: `"forward"`, `"queries"` (their gradient), `"keys"` (that of keys and values),
+            `"additional"` (that of additional keys and values) or `"bias"` (that of the position bias).
         dtype: of the tensors.
         head_dim, head_dim_v: elements of a query or key, and of a value.
         rank: axes of the grid; those before them hold one token.
         rows, columns: tokens of a tile along each axis, powers of two.
         masked: whether some tile needs a mask.
         has_additional: whether there are additional keys.
+        has_bias: whether there is a position bias.
         precision: how float32 is multiplied, in Triton's words.
         is_wide: whether offsets inside a box need 64 bits.
         warps, stages: warps of a block, and boxes in flight.
@@ -81,6 +82,7 @@ class Variant:
     columns: Box
     masked: bool = True
     has_additional: bool = False
+    has_bias: bool = False
     precision: str = "ieee"
     is_wide: bool = False
     warps: int = 4
