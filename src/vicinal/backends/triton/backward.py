@@ -55,8 +55,8 @@ def add_key_gradients(p, q, do, v, shift, dk, dv, V: tl.constexpr):
 
 @triton.jit
 def query_gradients(
-    query, key, value, out, more_key, more_value, bias, grad_out, grad_query, lse, grad_lse, delta, lengths, axes, steps,
-    heads, group, additional, scale, V: tl.constexpr,
+    query, key, value, out, more_key, more_value, bias, grad_out, grad_query, lse, grad_lse, delta, lengths,
+    axes, steps, heads, group, additional, scale, V: tl.constexpr,
 ):  # fmt: skip
     """One block: the gradients of one tile of queries of one head, and their delta.
 
@@ -205,7 +205,7 @@ def key_gradients(
                 p = tl.exp2(scores * scale - sums[:, None])
                 if V.masked:
                     if not is_full(t, h, w, tile, V):
-                        windows, _ = queries_of(first_t, first_h, first_w, tile, axes, V)
+                        windows, entries = queries_of(first_t, first_h, first_w, tile, axes, V)
                         p = tl.where(mask_of(windows, ROWS, 0, 0, 0, V), p, 0.0)
             dk, dv = add_key_gradients(p, q, do, v, shift, dk, dv, V)
             t, h, w = next_box(t, h, w, tile, V)
@@ -331,15 +331,18 @@ def bias_gradients(
         keep = (number < stop) & key_is_seen(number % axes[2].length, w_offset, axes[2])
         keep = keep & key_is_seen(line % axes[1].length, h_offset, axes[1])
         keep = keep & key_is_seen(line // axes[1].length, t_offset, axes[0])
-        q = load(query, scattered(number, batch, head, axes, steps.query, V), keep, V.head_dim, D)
-        do = load(grad_out, scattered(number, batch, head, axes, steps.grad_out, V), keep, V.head_dim_v, DV)
-        k = load(key, scattered(number + ahead, batch, head // group, axes, steps.key, V), keep, V.head_dim, D)
-        v = load(value, scattered(number + ahead, batch, head // group, axes, steps.value, V), keep, V.head_dim_v, DV)
-        place = (batch.to(tl.int64) * tokens + number) * heads + head
-        sums = tl.load(lse + place, mask=keep, other=0.0) * LOG2_E
-        shift = tl.load(delta + place, mask=keep, other=0.0)
-        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        dp = tl.sum(do.to(tl.float32) * v.to(tl.float32), 1)
-        acc += tl.where(keep, tl.exp2(scores * scale + shared - sums) * (dp - shift), 0.0)
+        # Most offsets are seen near a border only.
+        if tl.max(keep.to(tl.int32), 0) > 0:
+            key_number = number + ahead
+            q = load(query, scattered(number, batch, head, axes, steps.query, V), keep, V.head_dim, D)
+            do = load(grad_out, scattered(number, batch, head, axes, steps.grad_out, V), keep, V.head_dim_v, DV)
+            k = load(key, scattered(key_number, batch, head // group, axes, steps.key, V), keep, V.head_dim, D)
+            v = load(value, scattered(key_number, batch, head // group, axes, steps.value, V), keep, V.head_dim_v, DV)
+            place = (batch.to(tl.int64) * tokens + number) * heads + head
+            sums = tl.load(lse + place, mask=keep, other=0.0) * LOG2_E
+            shift = tl.load(delta + place, mask=keep, other=0.0)
+            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+            dp = tl.sum(do.to(tl.float32) * v.to(tl.float32), 1)
+            acc += tl.where(keep, tl.exp2(scores * scale + shared - sums) * (dp - shift), 0.0)
     place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(partial_bias + place, tl.sum(acc, 0))

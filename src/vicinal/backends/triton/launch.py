@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -27,28 +28,31 @@ NOWHERE = StepArgs(0, 0, 0, 0, 0)
 LARGEST_GRID = 2**31 - 1
 
 
-def steps_of(tensor: Tensor) -> StepArgs:
-    """How far apart things lie in `[B, *S, H, D]`, in vectors."""
-    unit = VECTOR_BYTES // tensor.element_size()
-    batch, *axes, head = (
-        0 if size == 1 else step // unit for step, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-    )
+def steps_of(tensor: Tensor) -> StepArgs | None:
+    """How far apart things lie in `[B, *S, H, D]`, in vectors; `None` if kernels cannot read it where it lies."""
+    return None if tensor.data_ptr() % VECTOR_BYTES else _steps(tensor.shape, tensor.stride(), tensor.element_size())
+
+
+@lru_cache(maxsize=4096)
+def _steps(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> StepArgs | None:
+    unit = VECTOR_BYTES // itemsize
+    *outer, inner = (0 if size == 1 else step for size, step in zip(shape, strides, strict=True))
+    units = [step // unit for step in outer]
+    reach = sum(step * (size - 1) for step, size in zip(units[1:], shape[1:], strict=False))
+    if inner != 1 or any(step % unit for step in outer) or reach >= 2**31:
+        return None
+    batch, *axes, head = units
     return StepArgs(batch, *[0] * (3 - len(axes)), *axes, head)
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Whether kernels can read `tensor` where it lies; otherwise it is copied first."""
-    unit = VECTOR_BYTES // tensor.element_size()
-    *outer, inner = tensor.stride()
-    sizes = tensor.shape[:-1]
-    aligned = all(step % unit == 0 for step, size in zip(outer, sizes, strict=True) if size > 1)
-    span = sum(step // unit * (size - 1) for step, size in zip(outer[1:], sizes[1:], strict=True))
-    return inner == 1 and aligned and tensor.data_ptr() % VECTOR_BYTES == 0 and span < 2**31
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """`tensor`, or a contiguous copy of it."""
-    return tensor if is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+def readable(tensor: Tensor) -> tuple[Tensor, StepArgs]:
+    """`tensor`, or a contiguous copy of it if kernels cannot read it, and its steps."""
+    steps = steps_of(tensor)
+    if steps is None:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        steps = steps_of(tensor)
+        assert steps is not None  # heads are multiples of a vector
+    return tensor, steps
 
 
 def is_wide(axes: Sequence[Axis], boxes: Sequence[Box], steps: Steps, itemsize: int) -> bool:
@@ -89,7 +93,6 @@ class Operands:
 
     def __init__(self, problem: Problem, inputs: Inputs, **more: Tensor) -> None:
         self.problem = problem
-        self.axes = three_axes(problem.axes)
         self.device = inputs.query.device
         self.hardware = present(self.device)
         self.precision = precision_of(problem, self.hardware)
@@ -101,7 +104,10 @@ class Operands:
             if lengths is None:
                 lengths = torch.full((problem.batch,), problem.additional, device=self.device)
             self.lengths = lengths.to(torch.int32)
-        self.tensors = {name: readable(tensor) for name, tensor in tensors.items()}
+        self.tensors: dict[str, Tensor] = {}
+        self.steps: dict[str, StepArgs] = {}
+        for name, tensor in tensors.items():
+            self.tensors[name], self.steps[name] = readable(tensor)
         self.bias = inputs.query  # likewise
         if inputs.position_bias is not None:
             self.bias = (inputs.position_bias.float() * LOG2_E).contiguous()
@@ -116,13 +122,9 @@ class Operands:
             more: arguments of the kernel beyond what all passes share, outputs among them.
         """
         problem = self.problem
-        tensors = self.tensors | {name: value for name, value in more.items() if name in Steps._fields}
-        steps = Steps(*(steps_of(tensors[name]) if name in tensors else NOWHERE for name in Steps._fields))
-        boxes = three(cut.rows), three(cut.columns)
-        variant = variant_of(kernel, problem, cut, self.precision, is_wide(self.axes, boxes, steps, problem.itemsize))
-        axes = axis_args(self.axes, variant.rows)
-        if grid is None:
-            grid = blocks_of(axes, problem, problem.heads_kv if variant.are_keys else problem.heads), 1
+        found = self.steps | {name: readable(value)[1] for name, value in more.items() if name in Steps._fields}
+        steps = Steps(*(found.get(name, NOWHERE) for name in Steps._fields))
+        variant, axes, blocks = prepared(kernel, problem, cut, self.precision, steps)
         values = {
             "more_key": self.tensors["key"],
             "more_value": self.tensors["value"],
@@ -138,7 +140,19 @@ class Operands:
             **self.tensors,
             **more,
         }
-        start(variant, (*grid, 1), self.device, values)
+        start(variant, (*(grid or (blocks, 1)), 1), self.device, values)
+
+
+@lru_cache(maxsize=1024)
+def prepared(
+    kernel: str, problem: Problem, cut: Cut, precision: str, steps: Steps
+) -> tuple[Variant, tuple[AxisArgs, ...], int]:
+    """What does not change from call to call: the variant, what it is told of the axes, and the number of tiles."""
+    axes = three_axes(problem.axes)
+    wide = is_wide(axes, (three(cut.rows), three(cut.columns)), steps, problem.itemsize)
+    variant = variant_of(kernel, problem, cut, precision, wide)
+    args = axis_args(axes, variant.rows)
+    return variant, args, blocks_of(args, problem, problem.heads_kv if variant.are_keys else problem.heads)
 
 
 def precision_of(problem: Problem, hardware: Hardware) -> str:
