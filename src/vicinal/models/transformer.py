@@ -21,7 +21,7 @@ class Architecture:
         embed_dim: channels of the first level; each further one has twice as many.
         depths, num_heads: blocks and heads of each level.
         mlp_ratio: hidden over outer width of the perceptrons.
-        kernel_size: keys per window and axis.
+        kernel_size: keys per window and axis; one number for all levels, or one each.
         dilations: those that the blocks of each level take in turn.
         tokens: `"conv"` for overlapping convolutions, before the first level and between levels; a number
             for patches of that many pixels, and patch merging between levels.
@@ -34,12 +34,16 @@ class Architecture:
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
     mlp_ratio: float
-    kernel_size: int = 7
+    kernel_size: int | tuple[int, ...] = 7
     dilations: tuple[tuple[int, ...], ...] = ((1,), (1,), (1,), (1,))
     tokens: Literal["conv"] | int = "conv"
     layer_scale: float | None = None
     drop_path_rate: float = 0.2
     img_size: int = 224
+
+    def window(self, level: int) -> int:
+        """The kernel size of a level."""
+        return self.kernel_size if isinstance(self.kernel_size, int) else self.kernel_size[level]
 
     def __post_init__(self) -> None:
         counts = {len(self.depths), len(self.num_heads), len(self.dilations)}
@@ -125,7 +129,7 @@ class NeighborhoodTransformer(nn.Module):
                 Block(
                     dim,
                     a.num_heads[i],
-                    a.kernel_size,
+                    a.window(i),
                     steps[j % len(steps)],
                     a.mlp_ratio,
                     drop=drop_rate,
@@ -174,8 +178,9 @@ class NeighborhoodTransformer(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
-        blocks = r"^levels\.(\d+)" if coarse else r"^levels\.(\d+)(?:\.blocks\.(\d+)|\.downsample)?"
-        return {"stem": r"^patch_embed", "blocks": [(blocks, None), (r"^norm", (99999,))]}
+        blocks = [(r"^levels\.(\d+)\.blocks\.(\d+)", None), (r"^levels\.(\d+)\.downsample", (99998,))]
+        levels = [(r"^levels\.(\d+)", None)] if coarse else blocks
+        return {"stem": r"^patch_embed", "blocks": [*levels, (r"^norm", (99999,))]}
 
     def forward_intermediates(
         self,
