@@ -52,8 +52,10 @@ PROBLEMS = (
 
 def problems_of(law: Law) -> list[Problem]:
     """Two problems, or one where the law takes long: its own if it needs special ones. Heads are few and narrow."""
-    number, count = zlib.crc32(law.name.encode()), 1 if law.name in LONG else 2
-    chosen = law.problems[1:3] if law.name in SPECIAL else [PROBLEMS[(number + i) % 3] for i in range(count)]
+    number = zlib.crc32(law.name.encode())
+    if law.name in LONG:
+        return [replace(PROBLEMS[0], **RIDERS[0])]
+    chosen = law.problems[1:3] if law.name in SPECIAL else [PROBLEMS[(number + i) % 3] for i in range(2)]
     return [replace(problem, **RIDERS[(number + i) % 3]) for i, problem in enumerate(chosen)]
 
 
