@@ -35,7 +35,17 @@ SLACK = 8.0
 """For drawn problems, which may hold a single number: its error may by luck be far above plain PyTorch's."""
 
 
-@pytest.mark.parametrize("backend", backends.ALL, ids=lambda backend: backend.name)
+KINDS = {"hopper": ("cuda",), "fused": ("cpu",)}
+"""Where backends that are made for one kind of device run; the others run, or say why not, on both."""
+
+PLACES = [
+    pytest.param(backend, torch.device(kind), id=f"{kind}-{backend.name}", marks=[pytest.mark.gpu] * (kind == "cuda"))
+    for backend in backends.ALL
+    for kind in KINDS.get(backend.name, ("cpu", "cuda"))
+]
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_backend_obeys(backend: Backend, law: Law, device: torch.device):
     hardware = backends.present(device)
