@@ -17,7 +17,7 @@ from torch.autograd import forward_ad, profiler
 
 from vicinal import backends
 from vicinal.backends.base import Backend, Inputs, Output
-from vicinal.plan import Plan, make_plan
+from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
@@ -73,9 +73,7 @@ def attention(
         found = None
     if found is None:
         problem = Problem.of(query, key, value, **settings)
-        hardware = backends.present(query.device)
-        chosen = backends.choose(problem, hardware, backend)
-        found = chosen, make_plan(problem, tiling or next(iter(chosen.tilings(problem, hardware))))
+        found = backends.settle(problem, query.device, backend, tiling)
         if len(_solved) >= MOST:
             _solved.clear()
         _solved[kind] = found

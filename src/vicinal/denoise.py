@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, conv2d, conv3d, pad
 
-from vicinal._tuples import canonical
+from vicinal._tuples import canonical, ceil_div
 from vicinal.errors import InvalidProblem
 from vicinal.functional import attention_with_lse
 
@@ -230,7 +230,7 @@ class Features:
     @property
     def head_dim(self) -> int:
         """Features and the column of `-|f|^2`, filled up to the multiple of 8 that fast kernels want."""
-        return -(-(len(self.filters) + 1) // 8) * 8
+        return ceil_div(len(self.filters) + 1, 8) * 8
 
     @property
     def bytes_per_pixel(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vicinal import backends
 from vicinal.backends.base import Backend, Inputs, Output
 from vicinal.errors import Unsupported
-from vicinal.plan import Plan, make_plan
+from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
@@ -60,10 +60,7 @@ def solve(
         additional_lengths=inputs.additional_lengths,
         position_bias=inputs.position_bias,
     )
-    hardware = backends.present(inputs.query.device)
-    chosen = backends.choose(problem, hardware, backend or None, needs_grad=needs_grad)
-    cut = decode(tiling) or next(iter(chosen.tilings(problem, hardware)))
-    return chosen, make_plan(problem, cut)
+    return backends.settle(problem, inputs.query.device, backend or None, decode(tiling), needs_grad=needs_grad)
 
 
 @torch.library.custom_op("vicinal::attention", mutates_args=())

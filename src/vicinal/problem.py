@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from vicinal._tensors import FLOATS, check_additional, check_bias, check_shapes, check_tensor, dtype_of
 from vicinal._tuples import canonical, ceil_div, times
 from vicinal.errors import InvalidProblem
 from vicinal.window import viewers, window
-
-FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-"""Supported element types, with their size in bytes."""
 
 WHOLE = -1
 """As a kernel size: the whole axis, however long it is."""
@@ -216,26 +214,26 @@ class Problem:
         elif additional_lengths is not None:
             raise InvalidProblem("additional_lengths came without additional_keys and additional_values")
         for name, tensor in named.items():
-            _check_tensor(name, tensor, query)
-        _check_shapes(query, key, value)
+            check_tensor(name, tensor, query)
+        check_shapes(query, key, value)
         if additional_keys is not None:
-            _check_additional(query, key, value, additional_keys, additional_values, additional_lengths)
+            check_additional(query, key, value, additional_keys, additional_values, additional_lengths)
         batch, *shape, heads, head_dim = query.shape
-        axes = make_axes(tuple(shape), kernel_size, stride, dilation, is_causal)
-        if position_bias is not None:
-            _check_bias(query, position_bias, axes)
-        return cls(
-            axes,
+        problem = cls(
+            make_axes(tuple(shape), kernel_size, stride, dilation, is_causal),
             batch=batch,
             heads=heads,
             heads_kv=key.shape[-2],
             head_dim=head_dim,
             head_dim_v=value.shape[-1],
-            dtype=_dtype(query),
+            dtype=dtype_of(query),
             scale=head_dim**-0.5 if scale is None else _number("scale", scale),
             additional=0 if additional_keys is None else additional_keys.shape[1],
             position_bias=position_bias is not None,
         )
+        if position_bias is not None:
+            check_bias(query, position_bias, problem.bias_shape)
+        return problem
 
     @property
     def rank(self) -> int:
@@ -325,80 +323,6 @@ def make_axes(shape: tuple[int, ...], kernel_size: Any, stride: Any, dilation: A
         canonical(dilation, rank, "dilation"),
         canonical(is_causal, rank, "is_causal", bool),
     )
-
-
-def _check_tensor(name: str, tensor: Any, query: Any) -> None:
-    # Asked first: a nested tensor raises at the mere mention of its shape.
-    if getattr(tensor, "is_nested", False):
-        raise InvalidProblem(f"{name} is a nested tensor; pass a dense one, padded or one grid at a time")
-    if not (hasattr(tensor, "shape") and hasattr(tensor, "dtype")):
-        raise InvalidProblem(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if "sparse" in str(getattr(tensor, "layout", "")):
-        raise InvalidProblem(f"{name} is a sparse tensor; pass a dense one, for example {name}.to_dense()")
-    if _dtype(tensor) not in FLOATS:
-        raise InvalidProblem(f"{name} must have one of the dtypes {', '.join(FLOATS)}, got {_dtype(tensor)}")
-    for what, here, there in (
-        ("dtype", _dtype(tensor), _dtype(query)),
-        ("device", getattr(tensor, "device", None), getattr(query, "device", None)),
-    ):
-        if here != there:
-            raise InvalidProblem(f"{name} and query must share one {what}, got {here} and {there}")
-
-
-def _check_shapes(query: Any, key: Any, value: Any) -> None:
-    if not 4 <= len(query.shape) <= 6:
-        raise InvalidProblem(
-            f"query must be [B, *S, H, D] with 1 to 3 spatial axes, so of rank 4 to 6, got shape {tuple(query.shape)}"
-        )
-    for name, tensor in (("key", key), ("value", value)):
-        if tuple(tensor.shape[:-2]) != tuple(query.shape[:-2]):
-            raise InvalidProblem(
-                f"{name} must have query's batch and grid {tuple(query.shape[:-2])}, got shape {tuple(tensor.shape)}"
-            )
-    if key.shape[-1] != query.shape[-1]:
-        raise InvalidProblem(
-            f"key must have query's head_dim {query.shape[-1]} as its last axis, got shape {tuple(key.shape)}"
-        )
-    if key.shape[-2] != value.shape[-2]:
-        raise InvalidProblem(f"key and value must have the same heads, got {key.shape[-2]} and {value.shape[-2]}")
-
-
-def _check_additional(query: Any, key: Any, value: Any, keys: Any, values: Any, lengths: Any) -> None:
-    for name, tensor, like in (("additional_keys", keys, key), ("additional_values", values, value)):
-        wanted = (query.shape[0], keys.shape[1] if len(keys.shape) > 1 else "M", *like.shape[-2:])
-        if tuple(tensor.shape) != wanted:
-            raise InvalidProblem(
-                f"{name} must be [B, M, Hkv, D] = [{', '.join(str(n) for n in wanted)}], got {tuple(tensor.shape)}"
-            )
-    if lengths is None:
-        return
-    if not (hasattr(lengths, "dtype") and _dtype(lengths).removeprefix("u") in ("int8", "int16", "int32", "int64")):
-        raise InvalidProblem(
-            f"additional_lengths must be a tensor of integers, got {getattr(lengths, 'dtype', lengths)!r}"
-        )
-    if tuple(lengths.shape) != (query.shape[0],):
-        raise InvalidProblem(
-            f"additional_lengths must hold one length per batch row, shape ({query.shape[0]},), "
-            f"got {tuple(lengths.shape)}"
-        )
-    if getattr(lengths, "device", None) != getattr(query, "device", None):
-        raise InvalidProblem(
-            f"additional_lengths and query must share one device, got {lengths.device} and {query.device}"
-        )
-
-
-def _check_bias(query: Any, bias: Any, axes: tuple[Axis, ...]) -> None:
-    _check_tensor("position_bias", bias, query)
-    wanted = (query.shape[-2], *(2 * axis.kernel_size - 1 for axis in axes))
-    if tuple(bias.shape) != wanted:
-        raise InvalidProblem(
-            f"position_bias must be [H, 2 * kernel_size - 1 of each axis] = [{', '.join(str(n) for n in wanted)}], "
-            f"got {tuple(bias.shape)}"
-        )
-
-
-def _dtype(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _number(name: str, value: Any) -> float:

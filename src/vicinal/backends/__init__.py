@@ -16,7 +16,9 @@ from vicinal.backends.blocked import fused
 from vicinal.backends.devices import present
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.hardware import Hardware
+from vicinal.plan import Plan, make_plan
 from vicinal.problem import Problem
+from vicinal.tiling import Tiling
 
 ALL: tuple[Backend, ...] = (hopper.backend, triton.backend, fused.backend, blocked.backend, reference.backend)
 
@@ -102,6 +104,19 @@ def choose(problem: Problem, hardware: Hardware, name: str | None = None, *, nee
     name = name or os.environ.get(VARIABLE)
     who = f"backend {name!r} declines" if name else "no backend runs"
     raise Unsupported(f"{who} this problem ({problem}) on {hardware.name}:\n{found}")
+
+
+def settle(
+    problem: Problem, device: torch.device, name: str | None, tiling: Tiling | None, *, needs_grad: bool = False
+) -> tuple[Backend, Plan]:
+    """Who computes `problem` on `device`, and how it is cut: as `tiling` says, or as that backend likes it best.
+
+    Raises:
+        InvalidProblem, Unsupported: as `choose`.
+    """
+    hardware = present(device)
+    chosen = choose(problem, hardware, name, needs_grad=needs_grad)
+    return chosen, make_plan(problem, tiling or next(iter(chosen.tilings(problem, hardware))))
 
 
 def _default_device() -> torch.device:

@@ -15,6 +15,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
+from vicinal._tuples import ceil_div
 from vicinal.backends.hopper.variant import code_width, variant_of
 from vicinal.plan import AxisPlan, Plan
 from vicinal.problem import Axis, Problem
@@ -90,7 +91,7 @@ def _milliseconds(
 ) -> float:  # fmt: skip
     keys, (width, is_reduced) = prod(kv_tile), code_width(kv_tile)
     rate = RATES[head_dim, consumers, keys]
-    additional = -(-problem.additional // keys)
+    additional = ceil_div(problem.additional, keys)
     if masked == 0:
         pace = rate.pace
     elif width <= 32:

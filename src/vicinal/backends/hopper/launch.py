@@ -159,7 +159,7 @@ class TensorMap:
 
     def __init__(self, geometry: Geometry, dtype: str, box: tuple[int, ...], head_dim: int) -> None:
         self._memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
-        self.pointer = -(-ctypes.addressof(self._memory) // MAP_ALIGNMENT) * MAP_ALIGNMENT
+        self.pointer = ceil_div(ctypes.addressof(self._memory), MAP_ALIGNMENT) * MAP_ALIGNMENT
         self._room = geometry.room
         self._address: int | None = None
         self._encoding = (geometry, dtype, box, head_dim)

@@ -14,6 +14,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
+from vicinal._tuples import ceil_div
 from vicinal.backends.triton.variant import Variant, padded, three
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
@@ -142,7 +143,7 @@ def _cuts(kernel: str, problem: Problem, units: int, room: int) -> Iterator[Cut]
     heads = problem.heads_kv if is_inverse else problem.heads
     repeats = problem.heads // problem.heads_kv if is_inverse else 1
     for shape in shapes(kernel, problem, room):
-        additional = 0 if is_inverse else -(-problem.additional // shape.columns)
+        additional = 0 if is_inverse else ceil_div(problem.additional, shape.columns)
         for rows, columns in product(boxes(shape.rows, problem.rank), boxes(shape.columns, problem.rank)):
             counts = [_counts(axis, r, c, is_inverse) for axis, r, c in zip(problem.axes, rows, columns, strict=True)]
             tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
