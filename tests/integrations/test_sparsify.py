@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -241,6 +242,24 @@ def test_models_in_one_process_do_not_disturb_each_other():
             handle.remove()
             assert torch.equal(output(two, arguments), dense)
             assert not torch.equal(output(one, arguments), dense)
+
+
+def test_a_copy_of_a_model_with_windows_is_dense_and_takes_windows_of_its_own():
+    """As `torch.optim.swa_utils.AveragedModel` makes one in fine-tuning."""
+    found = specimen("wan-14b")
+    model = found.build(tiny=True)
+    arguments = found.arguments(model, tiny=True)
+    with torch.no_grad():
+        dense = output(model, arguments)
+        with sparsify(model, **found.tiny_window) as handle:
+            twin = copy.deepcopy(model)
+            assert torch.equal(output(twin, arguments), dense)
+            assert handle.grid is None  # it was not its call
+            sparse = output(model, arguments)
+        with sparsify(twin, **found.tiny_window):
+            assert torch.equal(output(twin, arguments), sparse)
+        assert torch.equal(output(twin, arguments), dense)
+    assert not torch.equal(sparse, dense)
 
 
 def test_attention_backends_can_be_chosen_while_windows_are_on():

@@ -45,7 +45,7 @@ def sparsify(
 
     Knows FLUX.1 and FLUX.2, HunyuanVideo and 1.5, Wan 2.x, Cosmos 1, Predict2 and 2.5, LTX-Video and
     LTX-2. Works with LoRA, in training, under `torch.compile` of the repeated blocks, and with grids that
-    change from call to call.
+    change from call to call. A deep copy of the model, for averaged weights say, is dense: give it windows too.
 
     Args:
         model: the transformer, `pipe.transformer`. A pipeline with two is to have both called.

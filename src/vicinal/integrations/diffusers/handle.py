@@ -85,6 +85,8 @@ class Sparsified:
         return f"{type(self.model).__name__}, {len(self._layers)} layers with windows, {where}{state}"
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is not self.model:
+            return  # a copy, which took the hook along; it is dense
         arguments = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         if getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None:
             raise Unsupported("context parallelism cuts the grid into pieces; windows need it whole")

@@ -7,6 +7,7 @@ where they are, so that adapters such as LoRA and fused projections take part.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,10 @@ class SparseProcessor:
         self.own = own
         self.setting: Setting | None = None
         """The layer's window at this step, `None` for dense attention. Set before each forward pass."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model (averaged weights, say) is dense: no handle would ever tell its layers their windows."""
+        return copy.deepcopy(self.own, memo)
 
     # diffusers sets these two on processors that have them; they belong to the one that stays.
     @property
