@@ -27,6 +27,10 @@ CASES: tuple[dict[str, Any], ...] = (
     {"name": "cosmos-7b", "dense_steps": 12, "steps": 35},
     {"name": "ltx2-decoder", "grid": (16, 34, 60)},
     {"name": "hunyuan-video", "grid": (33, 45, 80), "window": {"kernel_size": (18, 24, 24)}},
+    {"name": "hunyuan-video", "window": {"kernel_size": (18, 24, 24)}},
+    {"name": "ltx2-decoder", "grid": (4, 16, 24)},
+    {"name": "ltx2-decoder", "grid": (8, 16, 24)},
+    {"name": "ltx2-decoder", "grid": (16, 22, 40)},
 )
 
 

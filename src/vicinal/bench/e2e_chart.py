@@ -8,7 +8,7 @@ from typing import Any
 from vicinal._benchmark_chart import SERIES
 from vicinal._figure import legend, save, title
 from vicinal._tuples import times
-from vicinal.bench.e2e_result import EndToEnd
+from vicinal.bench.e2e_result import EndToEnd, Pass
 from vicinal.bench.parts import PARTS
 
 
@@ -22,6 +22,13 @@ def draw(results: list[EndToEnd], path: Path | str) -> Path:
     return save(path, lambda figure: _draw(figure, results))
 
 
+def _name(result: EndToEnd, way: Pass) -> str:
+    """`dense`, `windows 18x24x24 s16x8x8`: one model may have been timed with several."""
+    if way is result.dense or way.name != "windows":
+        return way.name
+    return f"windows {result.window.replace('kernel size ', '').replace(', stride ', ' s')}"
+
+
 def _draw(figure: Any, results: list[EndToEnd]) -> None:
     figure.set_size_inches(9, 1.4 + 0.9 * len(results))
     axes = figure.subplots()
@@ -31,7 +38,7 @@ def _draw(figure: Any, results: list[EndToEnd]) -> None:
         for below, way in enumerate((result.dense, result.sparse)):
             y, left = 2.5 * index + below, 0.0
             places.append(y)
-            labels.append(f"{result.model} {times(result.grid)}, {way.name}")
+            labels.append(f"{result.model} {times(result.grid)}, {_name(result, way)}")
             for part, color in zip(PARTS, SERIES, strict=False):
                 width = way.parts.get(part, 0.0)
                 axes.barh(y, width, left=left, color=color)
