@@ -19,7 +19,7 @@ def generate(folder: str) -> None:
     from diffusers import Cosmos2VideoToWorldPipeline
     from diffusers.utils import export_to_video, load_image
 
-    pipe = Cosmos2VideoToWorldPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
+    pipe = Cosmos2VideoToWorldPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
     first = load_image(sys.argv[2])
     # Made for checkpoints that were trained with these windows; others lose quality.
     with sparsify(pipe.transformer, preset="cosmos-predict2-2b"):

@@ -18,7 +18,7 @@ WINDOWS = {"kernel_size": (4, 5), "stride": (2, 1), "dense_layers": 1}  # of the
 def generate(folder: str) -> None:
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
     with sparsify(pipe.transformer, preset="flux-4k"):
         image = pipe("a lighthouse at dusk", height=4096, width=4096, num_inference_steps=28).images[0]
     image.save("flux.png")

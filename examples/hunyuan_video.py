@@ -19,7 +19,7 @@ def generate(folder: str) -> None:
     from diffusers import HunyuanVideoPipeline
     from diffusers.utils import export_to_video
 
-    pipe = HunyuanVideoPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
+    pipe = HunyuanVideoPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
     pipe.vae.enable_tiling()
     with sparsify(pipe.transformer, kernel_size=(18, 24, 24), stride=(16, 8, 8), dense_steps=15):
         video = pipe("a cat walks on grass", height=768, width=1280, num_frames=117, num_inference_steps=50).frames[0]

@@ -27,7 +27,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         from diffusers import LTX2VideoDiffusionDecoderModel
 
-        model = LTX2VideoDiffusionDecoderModel.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16).to("cuda")
+        model = LTX2VideoDiffusionDecoderModel.from_pretrained(sys.argv[1], dtype=torch.bfloat16).to("cuda")
         latent = torch.randn(1, model.config.latent_channels, 16, 22, 40, device="cuda", dtype=torch.bfloat16)
     else:
         model = specimen("ltx2-decoder").build(tiny=True)

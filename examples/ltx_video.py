@@ -19,7 +19,7 @@ def generate(folder: str) -> None:
     from diffusers import LTXPipeline
     from diffusers.utils import export_to_video
 
-    pipe = LTXPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
+    pipe = LTXPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
     with sparsify(pipe.transformer, kernel_size=(-1, 0.5, 0.5), dense_layers=(2, 2)):
         video = pipe("waves on rocks", height=512, width=704, num_frames=161).frames[0]
     export_to_video(video, "ltx.mp4", fps=24)

@@ -19,7 +19,7 @@ def generate(folder: str) -> None:
     from diffusers import WanPipeline
     from diffusers.utils import export_to_video
 
-    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
     # Wan 2.2 has a second transformer, pipe.transformer_2, for the late steps: sparsify that as well.
     with sparsify(pipe.transformer, kernel_size=(0.57, 0.54, 0.3), dense_steps=10):
         video = pipe("a dog runs on a beach", height=720, width=1280, num_frames=81).frames[0]

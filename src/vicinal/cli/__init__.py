@@ -83,6 +83,7 @@ for _command in (
     trust.bench,
     figures.plot,
     generative.e2e,
+    generative.generate,
     generative.natten_kernel,
     trust.doctor,
 ):
