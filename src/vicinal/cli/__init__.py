@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vicinal.cli import figures, generative, pictures, planning, trust
+from vicinal.cli import figures, generative, pictures, planning, train, trust
 from vicinal.errors import InvalidProblem, Unsupported
 
 INTERRUPTED = 130
@@ -81,6 +81,7 @@ for _command in (
     planning.suggest,
     trust.check,
     trust.bench,
+    train.train,
     figures.plot,
     generative.e2e,
     generative.generate,
