@@ -141,6 +141,11 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(dtype)
     assert gradient.dtype == torch.float32
     lowered = vicinal.neighborhood_attention(*(t.to(dtype) for t in (q, k, v)), 3)
     assert torch.equal(out, lowered)
+    with torch.autocast("cpu", dtype=dtype):  # as in a layer, whose projections are lowered and whose table is not
+        mixed = vicinal.neighborhood_attention(*(t.to(dtype) for t in (q, k, v)), 3, position_bias=table)
+        with pytest.raises(vicinal.InvalidProblem, match=r"query must have one of the dtypes"):
+            vicinal.neighborhood_attention(q.long(), k, v, 3)
+    assert torch.equal(mixed, biased)
     out.sum().backward()
     assert {t.grad.dtype for t in (q, k, v)} == {torch.float32}
     with torch.autocast("cpu", dtype=dtype):

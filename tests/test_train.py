@@ -219,11 +219,10 @@ def test_the_rate_rises_and_falls_without_jumps():
 def test_two_processes_learn_what_one_does(tmp_path: Path):
     """Without anything random in the loss, halves of a batch on two processes give the gradient of the whole."""
     script = Path(__file__).parent / "train_probe.py"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no"]
-    launch += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1", "--main_process_port=0"]
     for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         done = subprocess.run(
-            [*launch, f"--num_processes={count}", str(script), str(tmp_path / str(count))],
+            [sys.executable, *launch, str(script), str(tmp_path / str(count))],
             check=True, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.stdout.split() == [str(count)] * count

@@ -16,6 +16,8 @@ from vicinal.tiling import Tiling
 
 T = TypeVar("T")
 Each = T | Sequence[T]
+
+_LOWERED = (torch.float16, torch.bfloat16, torch.float32)
 """One value for all spatial axes, or one per axis."""
 
 
@@ -149,14 +151,15 @@ def attention_with_lse(
     extra = (additional_keys, additional_values, additional_lengths, position_bias)
     if all(tensor is None for tensor in extra) and _eager.is_plain(query, key, value):
         return AttentionOutput(*_eager.attention(query, key, value, {**settings, "scale": scale}, backend, tiling))
+    floats = _autocast(query, key, value, additional_keys, additional_values, position_bias)
     if not torch.compiler.is_compiling():
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
-        names = ("additional_keys", "additional_values", "additional_lengths", "position_bias")
-        Problem.of(query, key, value, **settings, scale=scale, **dict(zip(names, extra, strict=True)))
-        _refuse_tangents(query, key, value, additional_keys, additional_values, position_bias)
+        names = ("additional_keys", "additional_values", "position_bias")
+        more = dict(zip(names, floats[3:], strict=True))
+        Problem.of(*floats[:3], **settings, scale=scale, additional_lengths=additional_lengths, **more)
+        _refuse_tangents(*floats)
         flops.ensure_registered()
     rank = query.ndim - 3
-    floats = _autocast(query, key, value, additional_keys, additional_values, position_bias)
     out, lse = ops.attention(
         *floats[:5],
         additional_lengths,
@@ -314,9 +317,13 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """Under autocast, floats of up to 32 bits in its dtype: attention is among the operations that it lowers."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    """Under autocast, floats of up to 32 bits in its dtype: attention is among the operations that it lowers.
+
+    That comes before the arguments are checked, since a layer's table of position bias is of 32 bits while what its
+    projections give is lowered already. What is no tensor of floats stays, to be refused in words.
+    """
+    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOWERED else t for t in tensors]

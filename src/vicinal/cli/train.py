@@ -31,7 +31,7 @@ def train(
     """Train a small model: tell digits apart, find grey and white matter, take noise from a video.
 
     Writes history.csv, curves.png, run.json and last.pt, from which an interrupted run goes on. Several devices:
-    `accelerate launch -m vicinal train ...`.
+    `torchrun --nproc-per-node N -m vicinal train ...`.
     """
     from vicinal.train.tasks import TASKS
 
