@@ -49,6 +49,8 @@ def test_surface():
 def test_examples_run(name, tmp_path, monkeypatch):
     if name.startswith("vicinal.integrations.diffusers."):
         pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -r requirements-models.txt")
+    if name == "vicinal.train.loop":
+        pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -r requirements-models.txt")
     monkeypatch.chdir(tmp_path)  # some examples write pictures
     failed, _ = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch})
     assert failed == 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vicinal.errors import InvalidProblem, Unsupported
-from vicinal.models.layers import Block, DropPath, Mlp
+from vicinal.models.layers import Block, DropPath, Mlp, PaddedNeighborhoodAttention2D
 from vicinal.models.transformer import Architecture, NeighborhoodTransformer
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -194,9 +194,32 @@ def dinat() -> nn.Module:
     return classifier()
 
 
+class DenseAttention(PaddedNeighborhoodAttention2D):
+    """Every token sees all, by PyTorch's own attention with the same table of position bias as its mask.
+
+    Takes maps of the size that its table is for, whose `kernel_size` is the grid.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to the same."""
+        assert self.rpb is not None and x.shape[1:3] == self.kernel_size
+        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        places = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in self.kernel_size))
+        rows, columns = (places[None] - places[:, None] + places[-1]).unbind(-1)  # of the table, by query and key
+        mask = self.rpb[:, rows, columns].to(q.dtype)
+        out = functional.scaled_dot_product_attention(q, k, v, mask[None])
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+
 def dense() -> nn.Module:
-    """The same model, but every token sees all tokens of its level: windows as large as the grid."""
-    return classifier(replace(DINAT, kernel_size=(14, 7), dilations=((1,), (1,))))
+    """The same model with dense attention: every token sees all tokens of its level."""
+    model = classifier(replace(DINAT, kernel_size=(14, 7), dilations=((1,), (1,))))
+    for block in model.modules():
+        if isinstance(block, Block):
+            windows = block.attn
+            block.attn = DenseAttention(windows.proj.in_features, windows.num_heads, windows.kernel_size[0], 1)
+            block.attn.load_state_dict(windows.state_dict())
+    return model
 
 
 def convolutions() -> nn.Module:
