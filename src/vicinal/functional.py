@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vicinal import _eager, flops, ops
+from vicinal.backends.base import Inputs
 from vicinal.errors import InvalidProblem, Unsupported
-from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
 T = TypeVar("T")
 Each = T | Sequence[T]
+"""One value for all spatial axes, or one per axis."""
 
 _LOWERED = (torch.float16, torch.bfloat16, torch.float32)
-"""One value for all spatial axes, or one per axis."""
 
 
 class AttentionOutput(NamedTuple):
@@ -154,9 +154,9 @@ def attention_with_lse(
     floats = _autocast(query, key, value, additional_keys, additional_values, position_bias)
     if not torch.compiler.is_compiling():
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
-        names = ("additional_keys", "additional_values", "position_bias")
-        more = dict(zip(names, floats[3:], strict=True))
-        Problem.of(*floats[:3], **settings, scale=scale, additional_lengths=additional_lengths, **more)
+        q, k, v, more_keys, more_values, bias = floats
+        inputs = Inputs(q, k, v, more_keys, more_values, additional_lengths, bias)
+        ops.problem_of(inputs, {**settings, "scale": scale})
         _refuse_tangents(*floats)
         flops.ensure_registered()
     rank = query.ndim - 3

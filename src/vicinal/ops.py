@@ -46,21 +46,51 @@ def solve(
     needs_grad: bool,
 ) -> tuple[Backend, Plan]:
     """Who computes it, and how it is cut."""
-    problem = Problem.of(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        list(kernel_size),
-        stride=list(stride),
-        dilation=list(dilation),
-        is_causal=list(is_causal),
-        scale=scale,
-        additional_keys=inputs.additional_keys,
-        additional_values=inputs.additional_values,
-        additional_lengths=inputs.additional_lengths,
-        position_bias=inputs.position_bias,
-    )
+    windows = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
+    problem = problem_of(inputs, {**{name: list(value) for name, value in windows.items()}, "scale": scale})
     return backends.settle(problem, inputs.query.device, backend or None, decode(tiling), needs_grad=needs_grad)
+
+
+_MOST = 4096
+_problems: dict[tuple[Any, ...], Problem] = {}
+
+
+def problem_of(inputs: Inputs, settings: dict[str, Any]) -> Problem:
+    """`Problem.of`, which looks at tensors of the same kinds once: a step of training asks three times a layer.
+
+    Args:
+        inputs: tensors, or whatever else was passed for them.
+        settings: arguments of `Problem.of`, by name.
+
+    Raises:
+        InvalidProblem: as `Problem.of`.
+    """
+    # Text, since 7, 7.0 and True are different settings that are equal as keys.
+    kind: list[Any] = [repr(settings)]
+    for tensor in inputs:
+        if type(tensor) in (Tensor, torch.nn.Parameter):
+            assert tensor is not None
+            kind += [tensor.shape, tensor.dtype, tensor.device, tensor.layout]
+        elif tensor is None:
+            kind.append(None)
+        else:  # who knows what that is
+            return _problem(inputs, settings)
+    try:
+        known = _problems.get(key := tuple(kind))
+    except TypeError:  # symbolic sizes
+        return _problem(inputs, settings)
+    if known is None:
+        known = _problem(inputs, settings)
+        if len(_problems) >= _MOST:
+            _problems.clear()
+        _problems[key] = known
+    return known
+
+
+def _problem(inputs: Inputs, settings: dict[str, Any]) -> Problem:
+    query, key, value, *extra = inputs
+    names = ("additional_keys", "additional_values", "additional_lengths", "position_bias")
+    return Problem.of(query, key, value, **settings, **dict(zip(names, extra, strict=True)))
 
 
 @torch.library.custom_op("vicinal::attention", mutates_args=())
