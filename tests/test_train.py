@@ -225,7 +225,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path):
             [sys.executable, *launch, str(script), str(tmp_path / str(count))],
             check=True, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        assert done.stdout.split() == [str(count)] * count
+        assert done.stdout.split() == [str(count), str(8 // count)] * count  # each takes its share of a step
     one, two = (torch.load(tmp_path / str(count) / "last.pt", weights_only=True) for count in (1, 2))
     for name, wanted in one["model"].items():
         torch.testing.assert_close(two["model"][name], wanted, rtol=1e-4, atol=1e-6)
@@ -264,6 +264,31 @@ def test_mnist_files_are_read_and_normalised(tmp_path: Path):
     (tmp_path / digits.FILES[1]).unlink()
     with pytest.raises(InvalidProblem, match=f"which has no {digits.FILES[1]}"):
         digits.mnist(tmp_path)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 5.0])
+def test_labels_are_smoothed_and_mixed_as_images_are(mixup: float, monkeypatch: pytest.MonkeyPatch):
+    """Images that show their own label's number: who reads it off loses the entropy of the targets, and no less."""
+    monkeypatch.setattr(digits, "jitter", lambda images, numbers: images)
+    labels = torch.arange(20) % 10
+    images = torch.zeros(20, 1, 28, 28)
+    images[torch.arange(20), 0, labels] = 1.0
+    task = Digits(Pictures(images, labels, images[:10], (labels[:10] + 1) % 10), mixup=mixup, smoothing=0.2)
+    entropies: list[Tensor] = []
+
+    class Reader(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            shares = x[:, 0, 1:20:2].mean(-1)
+            shares = shares / shares.sum(1, keepdim=True)
+            wanted = shares * 0.8 + 0.2 / 10
+            entropies.append(-(wanted * wanted.log()).sum(1).mean())
+            return wanted.log()
+
+    monkeypatch.setattr(digits, "enlarged", lambda images: images.repeat_interleave(2, 2))
+    loss = task.loss(Reader(), torch.randperm(20), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loss, entropies[0])
+    assert (entropies[0] > 1.0) == (mixup > 0)  # mixed targets are less certain than smoothed ones
+    assert task.measure(Reader()) == {"accuracy": 0.0}  # of what is held out, whose labels are wrong here
 
 
 def test_jitter_moves_a_little_and_repeats():

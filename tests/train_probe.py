@@ -1,4 +1,4 @@
-"""Run by `accelerate launch`: two epochs of a task without anything random but the order of examples."""
+"""Run by `torchrun`: two epochs of a task without anything random but the order of examples."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vicinal.train import Recipe, Run
+
+SHARES: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Line:
         return Line(self.x.to(device), self.y.to(device))
 
     def loss(self, model: nn.Module, picked: Tensor, numbers: torch.Generator) -> Tensor:
+        SHARES.add(len(picked))
         return nn.functional.mse_loss(model(self.x[picked]), self.y[picked])
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -41,4 +44,4 @@ if __name__ == "__main__":
     torch.manual_seed(1)
     run = Run(nn.Linear(5, 3), Line(x, x[:, :3] * 2), Recipe(epochs=2, batch=8, rate=1e-2), cpu=True)
     run.fit(sys.argv[1])
-    print(run.machine.num_processes)
+    print(run.machine.num_processes, *SHARES)
