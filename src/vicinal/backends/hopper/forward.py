@@ -29,6 +29,7 @@ from vicinal.backends.hopper.softmax import (
     output_layout,
     partial_sums,
     rescaled,
+    rows_of,
     scores_layout,
     start_scores,
     tokens_of,
@@ -41,6 +42,7 @@ from vicinal.backends.hopper.tile import (
     next_box,
     next_slot,
     query_place,
+    read_again,
     tile_of,
     valid_from,
 )
@@ -206,6 +208,7 @@ def walk(q, mask, block, scale, V: gl.constexpr):
 @gluon.jit
 def consumer(number: gl.constexpr, block, out, lse, axes, heads, scale, V: gl.constexpr):
     """Attention of warpgroup `number`, from its queries to its outputs."""
+    axes = read_again(axes)
     mask = mask_of(block.tile, axes, scores_layout(V), V, number)
     tokens = tokens_of(block.tile, axes, V, number)
     smem = block.q_smem.index(number)
@@ -216,7 +219,7 @@ def consumer(number: gl.constexpr, block, out, lse, axes, heads, scale, V: gl.co
     else:
         acc, peak, total = walk(q, mask, block, scale, V)
     place = query_place(block.tile, block.columns.out, V, number)
-    finish(acc, peak, total, out, lse, smem, place, tokens, axes, block.tile.head, heads, V)
+    finish(acc, peak, total, out, lse, smem, place, rows_of(tokens, axes), block.tile.head, heads, V)
 
 
 @gluon.jit(do_not_specialize=["heads", "heads_per_key", "heads_per_block", "additional", "slab", "scale"])

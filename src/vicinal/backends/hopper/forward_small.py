@@ -26,6 +26,7 @@ from vicinal.backends.hopper.softmax import (
     output_layout,
     partial_sums,
     rescaled,
+    rows_of,
     scores_layout,
     start_scores,
     tokens_of,
@@ -113,12 +114,14 @@ def forward_small(
 
     layout: gl.constexpr = scores_layout(V)
     mask = mask_of(tile, axes, layout, V, 0)
-    rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    tokens = gl.allocate_shared_memory(gl.int32, [64], rows, tokens_of(tile, axes, V, 0))
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rows = gl.allocate_shared_memory(gl.int64, [64], flat, rows_of(tokens_of(tile, axes, V, 0), axes))
     code = place_code(V, 4) if V.mask == "coded" else 0
     fence_async_shared()
     q = q_smem.reshape([64, V.head_dim])
-    last_head = gl.minimum(tile.head + heads_per_block, heads) - 1
+    last_head = tile.head
+    if V.shares_heads:
+        last_head = gl.minimum(tile.head + heads_per_block, heads) - 1
     turn = n * 0
     for head in range(tile.head, last_head + 1):
         acc = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
@@ -156,6 +159,6 @@ def forward_small(
         # The values read last make room for the outputs, so that the next queries need not wait for them.
         last = (turn + V.stages - 1) % V.stages
         out_smem = v_smem.index(last)._reinterpret(out.dtype, out.block_type.shape, out.layout)
-        finish(acc, peak, total, out, lse, out_smem, place, tokens.load(peak.type.layout), axes, head, heads, V)
+        finish(acc, peak, total, out, lse, out_smem, place, rows.load(peak.type.layout), head, heads, V)
         if head < last_head:
             load_first(source, columns, turn, V.stages - 1, V.stages, V)

@@ -286,7 +286,7 @@ def heads_per_block(problem: Problem, variant: Variant, blocks: int, visited: in
     That spreads what a block computes once over more boxes, and costs neighbors that no longer share keys in the
     cache: measured, it pays for windows of few boxes, as long as every multiprocessor still gets enough blocks.
     """
-    if variant.consumers > 1:
+    if not variant.shares_heads:
         return 1
     enough = WAVES * MULTIPROCESSORS * BLOCKS_PER_MULTIPROCESSOR
     most = min(blocks * problem.batch * problem.heads // enough, ENOUGH_BOXES * blocks // visited)

@@ -68,15 +68,22 @@ class Code(NamedTuple):
 
 @gluon.jit
 def code_columns(columns, V: gl.constexpr):
-    """Of each column of the code: whether it is the last axis', the middle one's, the first one's; and its place."""
-    W: gl.constexpr = code_places(V, 2)
-    H: gl.constexpr = code_places(V, 1)
-    T: gl.constexpr = code_places(V, 0)
-    is_w = columns < W
-    is_h = (columns >= W) & (columns < W + H)
-    is_t = (columns >= W + H) & (columns < W + H + T)
-    place = columns - gl.where(is_w, 0, gl.where(is_h, W, W + H))
-    return is_t, is_h, is_w, place
+    """Of each column of the code: whether it is the first axis', the middle one's, the last one's; and its place.
+
+    The plain code gives each axis an even number of columns, so that the two neighbors that a thread
+    holds belong to one axis. What they share is then computed and kept once: `place` is that of the
+    first of the two, and the last result is 1 for the second.
+    """
+    first = columns
+    if not V.code_is_reduced:
+        first = columns // 2 * 2
+    t0: gl.constexpr = code_offset(V, 0)
+    h0: gl.constexpr = code_offset(V, 1)
+    w0: gl.constexpr = code_offset(V, 2)
+    is_t = (first >= t0) & (first < t0 + code_places(V, 0))
+    is_h = (first >= h0) & (first < h0 + code_places(V, 1))
+    is_w = (first >= w0) & (first < w0 + code_places(V, 2))
+    return is_t, is_h, is_w, first - gl.where(is_w, w0, gl.where(is_h, h0, t0)), columns - first
 
 
 @gluon.constexpr_function
@@ -85,7 +92,14 @@ def code_places(V, axis):
     n = V.kv_box[axis] if axis >= 3 - V.rank else 0
     if n == 0:
         return 0
-    return n - 1 if V.code_is_reduced else n
+    return n - 1 if V.code_is_reduced else n + n % 2
+
+
+@gluon.constexpr_function
+def code_offset(V, axis):
+    """Columns before those of an axis: the longest comes first, since eight columns of one axis cost no selects."""
+    order = sorted(range(3), key=lambda a: (-V.kv_box[a], -a))
+    return sum(code_places(V, a) for a in order[: order.index(axis)])
 
 
 @gluon.jit
@@ -94,7 +108,7 @@ def code_of(tile, axes, layout: gl.constexpr, V: gl.constexpr, consumer: gl.cons
     rows = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, layout)), 1)
     columns = gl.expand_dims(gl.arange(0, V.code_width, layout=gl.SliceLayout(0, layout)), 0)
     t0, tn, h0, hn, w0, wn = row_windows(rows, tile, axes, V, consumer)
-    is_t, is_h, is_w, place = code_columns(columns, V)
+    is_t, is_h, is_w, place, odd = code_columns(columns, V)
     start = gl.where(is_w, w0, gl.where(is_h, h0, t0))
     size = gl.where(is_w, wn, gl.where(is_h, hn, tn))
     size = gl.where(is_w | is_h | is_t, size, 0x7FFFFFFF)
@@ -123,12 +137,12 @@ def hidden(place, size):
 def penalties(code, t, h, w, layout: gl.constexpr, V: gl.constexpr):
     """`P [64, code]` for box `(t, h, w)`."""
     columns = gl.expand_dims(gl.arange(0, V.code_width, layout=gl.SliceLayout(0, layout)), 0)
-    is_t, is_h, is_w, _ = code_columns(columns, V)
+    is_t, is_h, is_w, _, odd = code_columns(columns, V)
     t_keys = t * V.kv_box[0]
     h_keys = h * V.kv_box[1]
     w_keys = w * V.kv_box[2]
     past = gl.where(is_w, w_keys, gl.where(is_h, h_keys, t_keys))
-    p = hidden(code.place + past, code.size)
+    p = hidden(code.place + past + odd, code.size)
     if V.code_is_reduced:
         shared = (
             hidden(code.t_last + t_keys, code.t_size)
@@ -146,10 +160,11 @@ def place_code(V: gl.constexpr, WARPS: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
     keys = gl.expand_dims(gl.arange(0, V.keys, layout=gl.SliceLayout(1, layout)), 1)
     columns = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout)), 0)
-    is_t, is_h, is_w, place = code_columns(columns, V)
+    is_t, is_h, is_w, place, odd = code_columns(columns, V)
     t = keys // (V.kv_box[1] * V.kv_box[2])
     h = keys // V.kv_box[2] % V.kv_box[1]
     w = keys % V.kv_box[2]
+    place = place + odd
     marked = (is_w & (place == w)) | (is_h & (place == h)) | (is_t & (place == t))
     if V.code_is_reduced:
         marked = marked | (columns == code_places(V, 0) + code_places(V, 1) + code_places(V, 2))
@@ -205,9 +220,11 @@ def select(scores, windows, t, h, w, layout: gl.constexpr, V: gl.constexpr):
     is_full = contains(windows.t_full, t, V.kv_box[0]) & contains(windows.h_full, h, V.kv_box[1])
     if not (is_full & contains(windows.w_full, w, V.kv_box[2])):
         keys = gl.expand_dims(gl.arange(0, V.keys, layout=gl.SliceLayout(0, layout)), 0)
-        keep = sees(t + keys // (V.kv_box[1] * V.kv_box[2]) - windows.t_start, windows.t_size)
-        keep = keep & sees(h + keys // V.kv_box[2] % V.kv_box[1] - windows.h_start, windows.h_size)
-        keep = keep & sees(w + keys % V.kv_box[2] - windows.w_start, windows.w_size)
+        keep = sees(w + keys % V.kv_box[2] - windows.w_start, windows.w_size)
+        if V.rank > 1:
+            keep = keep & sees(h + keys // V.kv_box[2] % V.kv_box[1] - windows.h_start, windows.h_size)
+        if V.rank > 2:
+            keep = keep & sees(t + keys // (V.kv_box[1] * V.kv_box[2]) - windows.t_start, windows.t_size)
         scores = gl.where(keep, scores, NEVER)
     return scores
 

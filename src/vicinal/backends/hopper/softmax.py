@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 
 from vicinal.backends.hopper.mask import penalties, select, select_valid
-from vicinal.backends.hopper.tile import row_places, store_box
+from vicinal.backends.hopper.tile import again, row_places, store_box
 
 FLOOR = gl.constexpr(-1e20)
 """Lower bound of the running maximum, so that a row whose keys are all hidden so far stays finite."""
@@ -152,14 +152,25 @@ def tokens_of(tile, axes, V: gl.constexpr, consumer: gl.constexpr):
 
 
 @gluon.jit
-def finish(acc, peak, total, desc, lse, smem, place, tokens, axes, head, heads, V: gl.constexpr):
+def rows_of(tokens, axes):
+    """Number of each row's token in the whole batch, or something negative for rows past the grid's end."""
+    grid = axes[0].length.to(gl.int64) * axes[1].length * axes[2].length
+    return gl.where(tokens < 0, -1, gl.program_id(2) * grid + tokens)
+
+
+@gluon.jit
+def log2(x):
+    """As the hardware has it, within 2^-22: the library's own also treats denormals, which sums of weights never are."""
+    return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def finish(acc, peak, total, desc, lse, smem, place, rows, head, heads, V: gl.constexpr):
     """Write the outputs, through shared memory, and the log-sum-exps of one warpgroup."""
     total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
     q = smem.reshape([64, V.head_dim])
     q.store((acc * per_row(1.0 / total, V)).to(desc.dtype))
     fence_async_shared()
     store_box(desc, place, smem)
-    grid = axes[0].length.to(gl.int64) * axes[1].length * axes[2].length
-    row = (gl.program_id(2) * grid + tokens) * heads + head
-    gl.store(lse + row, (peak + gl.log2(total)) * LN2, mask=tokens >= 0)
+    gl.store(lse + rows * again(heads) + again(head), (peak + log2(total)) * LN2, mask=rows >= 0)
     tma.store_wait(0)

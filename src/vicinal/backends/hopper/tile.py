@@ -10,6 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from vicinal.backends.hopper.variant import AxisArgs
+
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in Triton 3.9
 wait_for_warps = getattr(gl, "barrier", None) or gl.thread_barrier  # likewise
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -39,6 +41,33 @@ class Tile(NamedTuple):
     t: Any
     h: Any
     w: Any
+
+
+@gluon.jit
+def read_again(axes):
+    """`axes`, told in a way that the compiler takes for news.
+
+    Otherwise it finds that all warps need the same few sums of what a kernel is told, computes them once before the
+    warps part, and has no registers to keep them in until then.
+    """
+    return (axis_again(axes[0]), axis_again(axes[1]), axis_again(axes[2]))
+
+
+@gluon.jit
+def axis_again(axis):
+    return AxisArgs(
+        again(axis.length),
+        again(axis.kernel_size),
+        again(axis.stride),
+        again(axis.dilation),
+        again(axis.is_causal),
+        again(axis.tiles),
+    )
+
+
+@gluon.jit
+def again(x):
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -87,9 +87,15 @@ class Variant:
         """Whether a warpgroup computes scores of one tile while it exponentiates those of another.
 
         That needs registers for two tiles: three warpgroups have too few, and do not need it,
-        because they overlap each other.
+        because they overlap each other. Two have too few if heads of 256 meet a mask that keeps much.
         """
-        return self.consumers == 2
+        keeps_much = self.is_causal or self.has_additional or self.code_is_reduced
+        return self.consumers == 2 and not (self.head_dim == 256 and self.mask == "coded" and keeps_much)
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether one block may take several heads in turn. With heads of 256 it has no registers for the loop."""
+        return self.consumers == 1 and self.head_dim < 256
 
     @property
     def registers(self) -> int:
@@ -116,14 +122,20 @@ class Variant:
 
     @property
     def code_is_reduced(self) -> bool:
-        """Whether the last place of each axis shares one column, see `tile.Code`."""
+        """Whether the last place of each axis shares one column, see `mask.Code`."""
         return code_width(self.kv_box[-self.rank :])[1]
+
+    @property
+    def cache_key(self) -> str:
+        """Names the compiled kernel on disk: the fields, and what this release makes of them."""
+        names = [name for name, value in vars(Variant).items() if isinstance(value, property) and name != "cache_key"]
+        return repr(self) + repr([(name, getattr(self, name)) for name in names])
 
 
 def code_width(kv_box: tuple[int, ...]) -> tuple[int, bool]:
     """Columns that code a key's place in a box, in whole matrix instructions, and whether they are the reduced ones.
 
-    The plain code has one column per place of each axis. Its columns are dependent (those of an
+    The plain code has one column per place of each axis, and one more if they are odd. Its columns are dependent (those of an
     axis sum to one), so two fewer suffice, one of them constant; that costs more arithmetic and is
     used only where it saves an instruction.
 
@@ -131,7 +143,7 @@ def code_width(kv_box: tuple[int, ...]) -> tuple[int, bool]:
         >>> code_width((2, 4, 8)), code_width((2, 8, 8)), code_width((2, 4, 16))
         ((16, False), (16, True), (32, False))
     """
-    plain = sum(kv_box)
+    plain = sum(n + n % 2 for n in kv_box)
     reduced = sum(n - 1 for n in kv_box) + 1
     if plain > 16 >= reduced or plain > 32 >= reduced:
         return (16 if reduced <= 16 else 32), True
