@@ -10,6 +10,7 @@ import torch
 
 from vicinal.backends.base import Inputs, Output
 from vicinal.backends.hopper.cost import candidates, ranked_tilings
+from vicinal.backends.hopper.variant import is_odd_box
 from vicinal.plan import make_plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
@@ -29,10 +30,18 @@ class Case:
     seed: int
 
 
-def draw(seed: int, most_tokens: int = 900) -> Case:
-    """The random case of that seed: any rank, ragged, every feature alone and together."""
+def draw(seed: int, most_tokens: int = 900, family: int | None = None) -> Case:
+    """The random case of that seed: any rank, ragged, every feature alone and together.
+
+    Cases of one family are all compiled to the same kernel or two. Without one, the tilings are few.
+    """
     rng = random.Random(seed)
-    rank = rng.choice((1, 2, 3, 3))
+    kind = rng if family is None else random.Random(f"family {family}")
+    rank = kind.choice((1, 2, 3, 3))
+    head_dim = kind.choice(HEAD_DIMS)
+    dtype = kind.choice(("bfloat16", "bfloat16", "float16"))
+    may_be_causal, has_additional = kind.random() < 0.6, kind.random() < 0.25
+    tiling = _tiling(kind, rank, head_dim, few=family is None)
     shape: tuple[int, ...] = ()
     while not shape or prod(shape) > most_tokens:
         longest = {1: most_tokens, 2: 60, 3: 20}[rank]
@@ -43,21 +52,30 @@ def draw(seed: int, most_tokens: int = 900) -> Case:
         for n, d in zip(shape, dilation, strict=True)
     )
     stride = tuple(rng.choice((1, rng.randint(1, k), k)) for k in kernel)
-    is_causal = tuple(rng.random() < 0.25 for _ in shape)
+    is_causal = tuple(may_be_causal and rng.random() < 0.5 for _ in shape)
     heads_kv = rng.randint(1, 3)
-    head_dim = rng.choice(HEAD_DIMS)
     problem = Problem.grid(
         shape, kernel, stride=stride, dilation=dilation, is_causal=is_causal,
         batch=rng.randint(1, 3), heads=heads_kv * rng.choice((1, 1, 2, 3)), heads_kv=heads_kv, head_dim=head_dim,
-        dtype=rng.choice(("bfloat16", "bfloat16", "float16")),
+        dtype=dtype,
         scale=rng.choice((None, None, None, None, 0.03, 1.0, 0.0, -0.1)),
-        additional=rng.choice((0, 0, 0, rng.randint(1, 300))),
+        additional=rng.randint(1, 300) if has_additional else 0,
     )  # fmt: skip
-    # Few tilings of many, so that few kernels are compiled: the best, and some that nobody would choose.
-    odd = sorted(candidates(Problem.grid((64,) * rank, 8, head_dim=head_dim)), key=repr)
-    odd = random.Random(0).sample(odd, min(3, len(odd)))
-    tiling = rng.choice((ranked_tilings(problem)[0], rng.choice(odd)))
-    return Case(problem, tiling, rng.choice(LAYOUTS), problem.additional > 0 and rng.random() < 0.5, seed)
+    tiling = tiling or ranked_tilings(problem)[0]
+    return Case(problem, tiling, rng.choice(LAYOUTS), has_additional and rng.random() < 0.5, seed)
+
+
+def _tiling(rng: random.Random, rank: int, head_dim: int, few: bool) -> Tiling | None:
+    """None for the best one, or one that nobody would choose; if few, out of a handful, so that few are compiled."""
+    tilings = sorted(candidates(Problem.grid((64,) * rank, 8, head_dim=head_dim)), key=repr)
+    odd = [tiling for tiling in tilings if is_odd_box(tiling.kv_tile)]
+    if few:
+        fixed = random.Random(0)
+        tilings, odd = fixed.sample(tilings, min(3, len(tilings))), fixed.sample(odd, min(2, len(odd)))
+    draw = rng.random()
+    if draw < 0.25:
+        return None
+    return rng.choice(odd) if odd and draw < 0.5 else rng.choice(tilings)
 
 
 def empty(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:

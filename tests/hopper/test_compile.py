@@ -29,6 +29,9 @@ def variants() -> list[Variant]:
             Variant(*common, plain, stages, "coded", is_causal=True),
             Variant(*common, reduced, stages, "coded", is_causal=True, has_additional=True),
         ]
+        if (consumers, keys) == (1, 64):
+            found.append(Variant(*common, (3, 3, 7), stages, "coded"))
+            found.append(Variant(*common, (3, 5, 4), stages, "coded", is_causal=True, has_additional=True))
         line = (1, 1, 64), 2, consumers, (1, 1, keys), stages
         found.append(Variant("float16", head_dim, 1, *line, "select", has_additional=True))
     return found
@@ -49,12 +52,35 @@ def test_compiles_without_spills(variant: Variant, record_property: pytest.Recor
     assert stack_bytes(cubin) == 0
 
 
-def test_a_spill_would_be_seen() -> None:
-    from vicinal.backends.hopper.compile import HOPPER, GluonASTSource, forward_small, signature, stack_bytes, triton
+TIMED = [v for v in variants() if not (v.is_causal or v.has_additional or v.head_dim == 256)]
 
-    variant = Variant("bfloat16", 64, 3, (4, 4, 4), 0, 1, (4, 4, 8), 2, "coded")
-    source = GluonASTSource(forward_small, signature(variant), {"V": variant})
-    kernel = triton.compile(source, target=HOPPER, options={"num_warps": 4, "maxnreg": 80})
+
+@pytest.mark.parametrize("variant", TIMED, ids=repr)
+def test_matrix_instructions_overlap(variant: Variant) -> None:
+    """Where registers are short, the assembler waits for each matrix instruction before the next, and says so."""
+    assert "serialized" not in assembler_says(variant)
+
+
+def test_serialized_instructions_would_be_seen() -> None:
+    variant = Variant("bfloat16", 64, 3, (2, 8, 4), 0, 1, (2, 8, 4), 2, "coded")
+    assert "serialized" in assembler_says(variant, maxnreg=80)
+
+
+def assembler_says(variant: Variant, **options: int) -> str:
+    from vicinal.backends.hopper.compile import HOPPER, compiled, source_of, triton
+
+    kernel = compiled(variant)
+    if options:
+        kernel = triton.compile(source_of(variant), target=HOPPER, options={"num_warps": 4, **options})
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "-"]
+    return subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+
+
+def test_a_spill_would_be_seen() -> None:
+    from vicinal.backends.hopper.compile import HOPPER, source_of, stack_bytes, triton
+
+    variant = Variant("bfloat16", 64, 3, (2, 8, 4), 0, 1, (2, 8, 4), 2, "coded")
+    kernel = triton.compile(source_of(variant), target=HOPPER, options={"num_warps": 4, "maxnreg": 80})
     assert stack_bytes(kernel.asm["cubin"]) > 0
 
 

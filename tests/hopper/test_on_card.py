@@ -56,12 +56,12 @@ def test_random_problem_with_several_heads_to_a_block(seed: int, monkeypatch: py
 
     def together(problem: Problem, variant: Variant, blocks: int, visited: int) -> int:
         divisors = [n for n in range(1, problem.heads + 1) if problem.heads % n == 0]
-        return 1 if variant.consumers > 1 else divisors[seed % len(divisors)]
+        return divisors[seed % len(divisors)] if variant.shares_heads else 1
 
     monkeypatch.setattr(launch, "heads_per_block", together)
-    hopper.prepared.cache_clear()
+    hopper.forget()
     check(draw(10_000 + seed), hopper.backend)
-    hopper.prepared.cache_clear()
+    hopper.forget()
 
 
 AXES = [

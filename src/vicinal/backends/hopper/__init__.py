@@ -75,11 +75,9 @@ class Hopper:
             Unsupported: if its tiling is not one that the kernels can be cut into.
         """
         problem, query = plan.problem, inputs.query
-        device = query.device.index
         if problem.batch == 0:
-            return Output(
-                new(query.shape, query.dtype, query.device), new(query.shape[:-1], torch.float32, query.device)
-            )
+            shape, device = query.shape, query.device
+            return Output(new(shape, query.dtype, device), new(shape[:-1], torch.float32, device))
         if problem.scale < 0:
             query = -query  # masks need a positive scale, see `launch.kernel_scale`
         tensors, lengths = [query, inputs.key, inputs.value], inputs.additional_lengths
@@ -90,9 +88,9 @@ class Hopper:
                 lengths = lengths.to(torch.int32)
                 more = [zero_from(tensor, lengths) for tensor in more]
             tensors += more
+        device = query.get_device()
         launch = prepare(plan, tensors, device)
-        out = new(query.shape, query.dtype, query.device, launch.rooms[3])
-        lse = new(query.shape[:-1], torch.float32, query.device)
+        out, lse = outputs_of(query, launch)
         tensors.insert(3, out)
         addresses = [tensor.data_ptr() for tensor in tensors]
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -107,11 +105,18 @@ class Hopper:
 
 def prepare(plan: Plan, tensors: list[Tensor], device: int) -> Launch:
     """A launch for these inputs. Those that cannot be read in place are replaced, in the list, by copies."""
-    launch = on_device(prepared, device, plan, tuple([tensor.stride() for tensor in tensors]), device)
+    kind = (id(plan), device, *[tensor.stride() for tensor in tensors])
+    entry = known.get(kind)  # by identity, since to hash a plan takes as long as all the rest
+    if entry is None:
+        entry = plan, on_device(prepared, device, plan, kind[2:], device)
+        if len(known) >= MOST:
+            known.clear()
+        known[kind] = entry
+    launch = entry[1]
     if launch is None or any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
         tensors[:] = [tensor if is_mappable(tensor) else copy(tensor) for tensor in tensors]
         return prepare(plan, tensors, device)
-    if any(launch.rooms):
+    if launch.needs_room:
         rooms = launch.rooms[:3] + launch.rooms[4:]
         lacks = [2 * tensor.storage_offset() < room for tensor, room in zip(tensors, rooms, strict=True)]
         if any(lacks):
@@ -119,6 +124,28 @@ def prepare(plan: Plan, tensors: list[Tensor], device: int) -> Launch:
             tensors[:] = [copy(tensor, room) if lack else tensor for tensor, lack in zip(tensors, lacks, strict=True)]
             return prepare(plan, tensors, device)
     return launch
+
+
+MOST = 1024
+"""Launches remembered; then all are forgotten, for such a program repeats few."""
+
+known: dict[tuple[Any, ...], tuple[Plan, Launch | None]] = {}
+"""Launches by the plan's identity, the device and the strides. Each keeps its plan, whose identity stays taken."""
+
+
+def forget() -> None:
+    """Forget all launches."""
+    known.clear()
+    prepared.cache_clear()
+
+
+def outputs_of(query: Tensor, launch: Launch) -> Output:
+    """Empty outputs. Of the ways to make a tensor these take least time."""
+    if query.is_contiguous() and not launch.rooms[3]:
+        out = torch.empty_like(query)
+    else:
+        out = new(query.shape, query.dtype, query.device, launch.rooms[3])
+    return Output(out, torch.empty(launch.lse_shape, dtype=torch.float32, device=query.device))
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, room: int = 0) -> Tensor:
@@ -134,7 +161,7 @@ def copy(tensor: Tensor, room: int = 0) -> Tensor:
     return new(tensor.shape, tensor.dtype, tensor.device, room).copy_(tensor)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=MOST)
 def prepared(plan: Plan, strides: tuple[tuple[int, ...], ...], device: int) -> Launch | None:
     """The launch of `plan` on tensors with these strides, built once; None if one of them must be copied first."""
     problem = plan.problem

@@ -31,8 +31,8 @@ def box_type(variant: Variant, box: tuple[int, ...]) -> str:
 
 def signature(variant: Variant) -> dict[str, Any]:
     """Types of the kernels' arguments, in their order."""
-    queries, keys = box_type(variant, variant.box), box_type(variant, variant.kv_box)
-    more = box_type(variant, (1, 1, variant.keys))
+    queries, more = box_type(variant, variant.box), box_type(variant, (1, 1, variant.keys))
+    keys = more if variant.empty else box_type(variant, variant.kv_box)  # triton takes powers of two only
     return {
         "query": queries,
         "key": keys,
@@ -54,13 +54,18 @@ def signature(variant: Variant) -> dict[str, Any]:
     }
 
 
+def source_of(variant: Variant) -> Any:
+    """What is compiled for `variant`."""
+    return GluonASTSource(forward_small if variant.consumers == 1 else forward, signature(variant), {"V": variant})
+
+
 @lru_cache(maxsize=256)
 def compiled(variant: Variant) -> Any:
     """The kernel of `variant`, compiled for sm_90a with the tightest register cap under which it does not spill.
 
     Needs no GPU. Triton keeps the result on disk.
     """
-    source = GluonASTSource(forward_small if variant.consumers == 1 else forward, signature(variant), {"V": variant})
+    source = source_of(variant)
     for cap in variant.register_caps:
         options = {"num_warps": 4, "maxnreg": cap} if cap else {"num_warps": 4}
         kernel = triton.compile(source, target=HOPPER, options=options)

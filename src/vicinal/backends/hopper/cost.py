@@ -16,7 +16,7 @@ from math import prod
 from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.hopper.variant import code_width, variant_of
+from vicinal.backends.hopper.variant import code_width, is_odd_box, slots, variant_of
 from vicinal.plan import AxisPlan, Plan
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
@@ -89,10 +89,10 @@ def _milliseconds(
     problem: Problem, head_dim: int, consumers: int, kv_tile: tuple[int, ...],
     q_tiles: int, visited: int, masked: int, most_visited: int,
 ) -> float:  # fmt: skip
-    keys, (width, is_reduced) = prod(kv_tile), code_width(kv_tile)
+    keys, (width, is_reduced) = slots(prod(kv_tile)), code_width(kv_tile)
     rate = RATES[head_dim, consumers, keys]
     additional = ceil_div(problem.additional, keys)
-    if masked == 0:
+    if masked == 0 and not is_odd_box(kv_tile):
         pace = rate.pace
     elif width <= 32:
         pace = rate.pace + rate.coded + REDUCED_CODE * is_reduced + WIDE_CODE * (width > 16)
@@ -109,9 +109,8 @@ def candidates(problem: Problem) -> Iterator[Tiling]:
     """Every tiling that the kernels can be cut into and that has a measured rate."""
     for consumers, keys in ((c, k) for d, c, k in RATES if d == problem.head_dim):
         for q_tile in q_tiles(consumers, problem.rank):
-            for kv_tile in boxes(keys, problem.rank):
-                if problem.rank == 1 or code_width(kv_tile)[0] <= 32:
-                    yield Tiling(q_tile, kv_tile)
+            for kv_tile in kv_tiles(consumers, keys, problem.rank):
+                yield Tiling(q_tile, kv_tile)
 
 
 def q_tiles(consumers: int, rank: int) -> tuple[tuple[int, ...], ...]:
@@ -122,6 +121,15 @@ def q_tiles(consumers: int, rank: int) -> tuple[tuple[int, ...], ...]:
         for box in boxes(64, rank)
     )
     return tuple(dict.fromkeys(tiles))
+
+
+@lru_cache(maxsize=64)
+def kv_tiles(consumers: int, keys: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """KV boxes of that many slots; with several axes only those whose mask has a short code."""
+    even = [box for box in boxes(keys, rank) if rank == 1 or code_width(box)[0] <= 32]
+    if consumers > 1 or keys != 64 or rank < 3:
+        return tuple(even)
+    return tuple(even + [box for box in product(range(2, 11), repeat=rank) if is_odd_box(box)])
 
 
 def boxes(volume: int, rank: int, largest: int = 64) -> list[tuple[int, ...]]:

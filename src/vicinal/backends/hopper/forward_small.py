@@ -60,6 +60,15 @@ class Source(NamedTuple):
 
 
 @gluon.jit
+def clear(smem, V: gl.constexpr):
+    """Fill the slots of a ring with zeros: what is never loaded is multiplied all the same."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V.head_dim, V.head_dim // 8], [4, 1], [1, 0])
+    for stage in gl.static_range(gl.constexpr(V.stages)):
+        slot = smem.index(stage).reshape([V.keys, V.head_dim])
+        slot.store(gl.full([V.keys, V.head_dim], 0.0, smem.dtype, layout))
+
+
+@gluon.jit
 def load_both(source, columns, i, t, h, w, slot, V: gl.constexpr):
     """Start to load the `i`-th tile of keys and values of a head into a slot that this warp has read."""
     full = source.full.index(slot)
@@ -67,7 +76,10 @@ def load_both(source, columns, i, t, h, w, slot, V: gl.constexpr):
     v = source.v_smem.index(slot)
     tile = source.tile
     counts = source.counts
-    mbarrier.expect(full, 2 * source.key.block_type.nbytes)
+    in_window = True if V.empty == 0 else i < counts.boxes
+    mbarrier.expect(full, 4 * (V.keys - V.empty) * V.head_dim, pred=in_window)
+    if V.has_additional and V.empty > 0:
+        mbarrier.expect(full, 4 * V.keys * V.head_dim, pred=i >= counts.boxes)
     wait_for_warps()  # until the other warps have read it too
     load_next(source.key, source.more_key, columns.key, columns.more_key, tile, counts, i, t, h, w, full, k, V)
     load_next(source.value, source.more_value, columns.value, columns.more_value, tile, counts, i, t, h, w, full, v, V)
@@ -103,6 +115,9 @@ def forward_small(
     q_smem = gl.allocate_shared_memory(query.dtype, query.block_type.shape, query.layout)
     k_smem = gl.allocate_shared_memory(key.dtype, [V.stages] + key.block_type.shape, key.layout)
     v_smem = gl.allocate_shared_memory(value.dtype, [V.stages] + value.block_type.shape, value.layout)
+    if V.empty > 0:
+        clear(k_smem, V)
+        clear(v_smem, V)
     full = gl.allocate_shared_memory(gl.int64, [V.stages + 1, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(gl.constexpr(V.stages + 1)):
         mbarrier.init(full.index(stage), 1)

@@ -202,7 +202,8 @@ class TensorMap:
 class Launch:
     """One kernel with its arguments, for tensors of given shapes and strides; only addresses change.
 
-    `rooms` are the bytes of the same allocation that each tensor needs before it.
+    `rooms` are the bytes of the same allocation that each tensor needs before it; `needs_room` says whether any
+    does. `lse_shape` is what it sounds like, a plain tuple.
 
     Safe to call from several threads and streams: the driver copies the arguments when it is called.
     """
@@ -214,6 +215,8 @@ class Launch:
         geometries = [geometry(layout, single if i >= 4 else axes) for i, layout in enumerate(layouts)]
         boxes = [variant.box, variant.kv_box, variant.kv_box, variant.box, *[(1, 1, variant.keys)] * 2]
         self.rooms = [geometry.room for geometry in geometries]
+        self.needs_room = any(self.rooms)
+        self.lse_shape = (problem.batch, *problem.shape, problem.heads)
         self._function = function(variant, device)
         self._maps = [
             TensorMap(geometry, variant.dtype, box, variant.head_dim)

@@ -102,13 +102,22 @@ def code_offset(V, axis):
     return sum(code_places(V, a) for a in order[: order.index(axis)])
 
 
+@gluon.constexpr_function
+def code_of_nothing(V):
+    """The column that marks empty slots: one that marks no place, behind an odd axis or behind all."""
+    for axis in range(3 - V.rank, 3):
+        if V.kv_box[axis] % 2:
+            return code_offset(V, axis) + V.kv_box[axis]
+    return sum(code_places(V, axis) for axis in range(3))
+
+
 @gluon.jit
 def code_of(tile, axes, layout: gl.constexpr, V: gl.constexpr, consumer: gl.constexpr):
     """The code `P` of one warpgroup, up to the box's number."""
     rows = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, layout)), 1)
     columns = gl.expand_dims(gl.arange(0, V.code_width, layout=gl.SliceLayout(0, layout)), 0)
     t0, tn, h0, hn, w0, wn = row_windows(rows, tile, axes, V, consumer)
-    is_t, is_h, is_w, place, odd = code_columns(columns, V)
+    is_t, is_h, is_w, place, _ = code_columns(columns, V)
     start = gl.where(is_w, w0, gl.where(is_h, h0, t0))
     size = gl.where(is_w, wn, gl.where(is_h, hn, tn))
     size = gl.where(is_w | is_h | is_t, size, 0x7FFFFFFF)
@@ -150,6 +159,8 @@ def penalties(code, t, h, w, layout: gl.constexpr, V: gl.constexpr):
             + hidden(code.w_last + w_keys, code.w_size)
         )
         p = gl.where(is_w | is_h | is_t, p - hidden(code.last + past, code.size), shared)
+    if V.empty > 0:
+        p = gl.where(columns == code_of_nothing(V), NEVER, p)
     return p.to(gl.bfloat16)
 
 
@@ -168,6 +179,8 @@ def place_code(V: gl.constexpr, WARPS: gl.constexpr):
     marked = (is_w & (place == w)) | (is_h & (place == h)) | (is_t & (place == t))
     if V.code_is_reduced:
         marked = marked | (columns == code_places(V, 0) + code_places(V, 1) + code_places(V, 2))
+    if V.empty > 0:
+        marked = gl.where(keys < V.keys - V.empty, marked, columns == code_of_nothing(V))
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * WIDTH, element_bitwidth=16, rank=2)
     code = gl.allocate_shared_memory(gl.bfloat16, [V.keys, WIDTH], shared)
     code.store(gl.where(marked, 1.0, 0.0).to(gl.bfloat16))

@@ -160,7 +160,7 @@ def rows_of(tokens, axes):
 
 @gluon.jit
 def log2(x):
-    """As the hardware has it, within 2^-22: the library's own also treats denormals, which sums of weights never are."""
+    """As the hardware has it, within 2^-22. The library's own also treats denormals; sums of weights are none."""
     return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 

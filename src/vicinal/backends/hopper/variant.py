@@ -74,8 +74,13 @@ class Variant:
 
     @property
     def keys(self) -> int:
-        """Keys of one tile."""
-        return prod(self.kv_box)
+        """Slots for the keys of one tile: what a matrix instruction takes."""
+        return slots(prod(self.kv_box))
+
+    @property
+    def empty(self) -> int:
+        """Slots that a KV box leaves empty. They are always hidden."""
+        return self.keys - prod(self.kv_box)
 
     @property
     def q_tile(self) -> tuple[int, ...]:
@@ -94,8 +99,11 @@ class Variant:
 
     @property
     def shares_heads(self) -> bool:
-        """Whether one block may take several heads in turn. With heads of 256 it has no registers for the loop."""
-        return self.consumers == 1 and self.head_dim < 256
+        """Whether one block may take several heads in turn.
+
+        With heads of 256 it has no registers for the loop; and outputs on their way would lie in empty slots.
+        """
+        return self.consumers == 1 and self.head_dim < 256 and self.empty == 0
 
     @property
     def registers(self) -> int:
@@ -113,7 +121,9 @@ class Variant:
 
         Measured: with small tiles, five blocks at 96 registers beat four at 128.
         """
-        return (96, 128, 0) if self.consumers == 1 and self.keys <= 64 and self.head_dim <= 64 else (0,)
+        if self.consumers > 1 or self.head_dim > 64 or self.keys > 64:
+            return (0,)
+        return (80, 96, 128, 0) if self.head_dim == 32 else (96, 128, 0)
 
     @property
     def code_width(self) -> int:
@@ -135,7 +145,8 @@ class Variant:
 def code_width(kv_box: tuple[int, ...]) -> tuple[int, bool]:
     """Columns that code a key's place in a box, in whole matrix instructions, and whether they are the reduced ones.
 
-    The plain code has one column per place of each axis, and one more if they are odd. Its columns are dependent (those of an
+    The plain code has one column per place of each axis, and one more if they are odd. If a box leaves slots
+    empty, a column that marks no place hides them. Its columns are dependent (those of an
     axis sum to one), so two fewer suffice, one of them constant; that costs more arithmetic and is
     used only where it saves an instruction.
 
@@ -145,6 +156,8 @@ def code_width(kv_box: tuple[int, ...]) -> tuple[int, bool]:
     """
     plain = sum(n + n % 2 for n in kv_box)
     reduced = sum(n - 1 for n in kv_box) + 1
+    if prod(kv_box) < slots(prod(kv_box)):
+        return (16 if plain + 2 * all(n % 2 == 0 for n in kv_box) <= 16 else 64), False
     if plain > 16 >= reduced or plain > 32 >= reduced:
         return (16 if reduced <= 16 else 32), True
     return (16 if plain <= 16 else 32 if plain <= 32 else 64), False
@@ -160,16 +173,32 @@ def three_axes(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     return (Axis(1, 1),) * (3 - len(axes)) + axes
 
 
+def slots(keys: int) -> int:
+    """Rows of shared memory for that many keys: the next power of two."""
+    return 1 << (keys - 1).bit_length()
+
+
+def is_odd_box(kv_box: tuple[int, ...]) -> bool:
+    """Whether the small kernel takes this KV box though some side is no power of two: it must nearly fill 64 slots.
+
+    Example:
+        >>> is_odd_box((3, 3, 7)), is_odd_box((3, 5, 4)), is_odd_box((3, 3, 5)), is_odd_box((4, 4, 4))
+        (True, True, False, False)
+    """
+    return 56 <= prod(kv_box) < 64 and code_width(kv_box)[0] == 16
+
+
 def why_not_tiling(tiling: Tiling, head_dim: int) -> tuple[str, ...]:
     """Every reason why the kernels cannot be cut that way."""
-    rows, keys = prod(tiling.q_tile), prod(tiling.kv_tile)
+    rows, keys = prod(tiling.q_tile), slots(prod(tiling.kv_tile))
     powers = all(n & (n - 1) == 0 for n in tiling.kv_tile)
+    odd = rows == ROWS and is_odd_box(tiling.kv_tile)
     fits = _split(tiling.q_tile) is not None
     facts = (
         (tiling.kv_origin == "free", 'kv_origin must be "free"'),
         (rows in (64, 128, 192), f"a query tile must hold 64, 128 or 192 queries, got {rows}"),
         (fits, f"a query tile must be made of boxes of 64 with sides that are powers of two, got {tiling.q_tile}"),
-        (powers, f"the sides of a KV tile must be powers of two, got {tiling.kv_tile}"),
+        (powers or odd, f"the sides of a KV tile must be powers of two, but for some, got {tiling.kv_tile}"),
         (keys in (64, 128), f"a KV tile must hold 64 or 128 keys, got {keys}"),
         (head_dim < 256 or keys * 2 + rows <= 256, f"tiles too large for heads of {head_dim}: {rows} x {keys}"),
     )
@@ -203,7 +232,13 @@ def variant_of(plan: Plan) -> Variant:
     assert split is not None  # why_not_tiling has just looked
     box, stack, consumers = split
     kv_box = three(tiling.kv_tile)
-    mask = "none" if plan.masked == 0 else "coded" if code_width(tiling.kv_tile)[0] <= 32 else "select"
+    mask = (
+        "none"
+        if plan.masked == 0 and not is_odd_box(tiling.kv_tile)
+        else "coded"
+        if code_width(tiling.kv_tile)[0] <= 32
+        else "select"
+    )
     return Variant(
         dtype=problem.dtype,
         head_dim=problem.head_dim,
