@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -57,7 +59,13 @@ TIMED = [v for v in variants() if not (v.is_causal or v.has_additional or v.head
 
 @pytest.mark.parametrize("variant", TIMED, ids=repr)
 def test_matrix_instructions_overlap(variant: Variant) -> None:
-    """Where registers are short, the assembler waits for each matrix instruction before the next, and says so."""
+    """Where registers are short, the assembler waits for each matrix instruction before the next, and says so.
+
+    Under the tightest cap, that is: it is what lets most blocks share a multiprocessor.
+    """
+    from vicinal.backends.hopper.compile import compiled
+
+    assert compiled(variant).metadata.maxnreg == (variant.register_caps[0] or None)
     assert "serialized" not in assembler_says(variant)
 
 
@@ -98,3 +106,14 @@ def test_parameters_are_as_the_launcher_lays_them_out() -> None:
 def test_import_is_light() -> None:
     code = "import sys, vicinal.backends.hopper; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_barriers_expect_the_bytes_that_come() -> None:
+    """Of a box that leaves slots empty fewer come than of a tile of additional keys."""
+    from vicinal.backends.hopper.compile import compiled
+
+    variant = Variant("bfloat16", 64, 3, (4, 4, 4), 0, 1, (3, 3, 7), 2, "coded")
+    queries, box, tile = 64 * 64 * 2, 2 * 63 * 64 * 2, 2 * 64 * 64 * 2
+    for has_additional, expected in ((False, {queries, box}), (True, {queries, box, tile})):
+        ptx = compiled(replace(variant, has_additional=has_additional)).asm["ptx"]
+        assert {int(n) for n in re.findall(r"expect_tx\S* _, \[\S+\], (\d+);", ptx)} == expected

@@ -6,11 +6,14 @@ import random
 import re
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from vicinal.backends import hopper
-from vicinal.backends.hopper.cost import candidates, predicted_ms, ranked_tilings
+from vicinal.backends.hopper.cost import candidates, kv_tiles, predicted_ms, ranked_tilings
 from vicinal.backends.hopper.launch import (
     ENOUGH_BOXES,
     LOG2_E,
@@ -21,7 +24,7 @@ from vicinal.backends.hopper.launch import (
     kernel_scale,
     layouts_of,
 )
-from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, code_width, variant_of
+from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, Variant, code_width, is_odd_box, variant_of
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import make_plan
@@ -148,3 +151,85 @@ def test_refuses_groups_spread_too_far() -> None:
     far = Layout((1, 1, 1, 1000, 1, 64), (8, 8, 8, 2**26, 64, 1))
     with pytest.raises(Unsupported, match="smaller dilation"):
         geometry(far, axes)
+
+
+class Asked(list[tuple[object, ...]]):
+    """What `prepared` was asked for; every launch is the same empty shell."""
+
+    def __call__(self, *question: object) -> SimpleNamespace:
+        self.append(question)
+        return SimpleNamespace(rooms=[0] * 4, needs_room=False)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    found = Asked()
+    monkeypatch.setattr(hopper, "prepared", found)
+    monkeypatch.setattr(hopper, "on_device", lambda run, device, *args: run(*args))
+    monkeypatch.setattr(hopper, "known", {})
+    return found
+
+
+def test_launches_are_found_again(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(PROBLEM, ranked_tilings(PROBLEM)[0])
+    shape = 1, *PROBLEM.shape, 2, 64
+    tensors = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(3)]
+    first = hopper.prepare(plan, tensors, 0)
+    assert hopper.prepare(plan, [tensor.clone() for tensor in tensors], 0) is first
+    assert len(asked) == 1
+    sliced = torch.zeros(1, *PROBLEM.shape, 3, 2, 64, dtype=torch.bfloat16)[..., 1, :, :]
+    for other in ((plan, tensors, 1), (plan, [*tensors[:2], sliced], 0), (replace(plan), tensors, 0)):
+        assert hopper.prepare(*other) is not first
+    assert len(asked) == 4
+    assert asked[2][1] == tuple(tensor.stride() for tensor in (*tensors[:2], sliced))
+    monkeypatch.setattr(hopper, "MOST", 4)
+    hopper.prepare(plan, tensors, 2)
+    assert len(hopper.known) == 1
+
+
+def test_unaligned_tensors_are_replaced_by_copies(asked: Asked) -> None:
+    plan = make_plan(PROBLEM, ranked_tilings(PROBLEM)[0])
+    shape = 1, *PROBLEM.shape, 2, 64
+    good = torch.zeros(shape, dtype=torch.bfloat16)
+    unaligned = torch.ones(good.numel() + 1, dtype=torch.bfloat16)[1:].view(shape)
+    tensors = [good, unaligned, good]
+    hopper.prepare(plan, tensors, 0)
+    assert tensors[0] is good and tensors[1] is not unaligned
+    assert tensors[1].data_ptr() % 16 == 0 and torch.equal(tensors[1], unaligned)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_outputs_are_contiguous(dense: bool) -> None:
+    query = torch.zeros(2, 3, 5, 4, 32, dtype=torch.float16)
+    query = query if dense else query.movedim(3, 1)
+    for room in (0, 64):
+        launch: Any = SimpleNamespace(rooms=[0, 0, 0, room], lse_shape=tuple(query.shape[:-1]))
+        out, lse = hopper.outputs_of(query, launch)
+        assert out.shape == query.shape and out.dtype == torch.float16 and out.is_contiguous()
+        assert 2 * out.storage_offset() == room
+        assert lse.shape == query.shape[:-1] and lse.dtype == torch.float32 and lse.is_contiguous()
+
+
+ODD = [box for box in kv_tiles(1, 64, 3) if is_odd_box(box)]
+
+
+@pytest.mark.parametrize("box", ODD, ids=str)
+def test_boxes_that_leave_slots_empty(box: tuple[int, ...]) -> None:
+    """They nearly fill the slots, run in the small kernel only, and always with a mask that hides what is empty."""
+    variant = variant_of(make_plan(replace(PROBLEM, heads=1, heads_kv=1), Tiling((4, 4, 4), box)))
+    assert variant.keys == 64 and 0 < variant.empty == 64 - prod(box) <= 8
+    assert variant.mask == "coded" and variant.code_width == 16 and not variant.code_is_reduced
+    assert not variant.shares_heads
+    with pytest.raises(Unsupported, match="powers of two"):
+        variant_of(make_plan(PROBLEM, Tiling((4, 8, 4), box)))
+    shape = tuple(4 * n for n in box)
+    aligned = make_plan(Problem.grid(shape, shape, heads=1, head_dim=64), Tiling((4, 4, 4), box))
+    assert aligned.masked == 0 and variant_of(aligned).mask == "coded"
+
+
+def test_a_variant_is_cached_under_all_that_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = variant_of(make_plan(PROBLEM, Tiling((4, 4, 4), (2, 8, 4))))
+    assert replace(variant).cache_key == variant.cache_key != replace(variant, stages=3).cache_key
+    before = variant.cache_key
+    monkeypatch.setattr(Variant, "overlaps", property(lambda _: True))
+    assert variant.cache_key != before

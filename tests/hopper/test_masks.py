@@ -24,6 +24,7 @@ from vicinal.tiling import Tiling
 DEVICE = device()
 KINDS = sorted({(consumers, keys) for _, consumers, keys in RATES})
 BOXES = [(rank, *kind, box) for rank in (1, 2, 3) for kind in KINDS for box in kv_tiles(*kind, rank)]
+BOXES += [(2, 1, 64, (1, 64)), (2, 2, 128, (64, 2)), (3, 1, 64, (1, 64, 1)), (3, 2, 128, (2, 1, 64))]  # never chosen
 
 
 def draw(seed: int, rank: int, q_tile: tuple[int, ...], kv_tile: tuple[int, ...]) -> tuple[Problem, Tiling]:
@@ -54,7 +55,7 @@ def seen(problem: Problem, variant: Variant, tile: Any, box: tuple[int, ...], co
     """`[64, slots]`: whether a query sees a key, by the definition; all false for queries that do not exist."""
     rows = np.stack([np.asarray(n).ravel() for n in DEVICE.row_places(np.arange(64), variant, consumer)])
     keys = np.arange(variant.keys)
-    t, h, w = variant.kv_box
+    _, h, w = variant.kv_box
     places = np.stack([keys // (h * w), keys // w % h, keys % w])
     sees = np.broadcast_to(keys < prod(variant.kv_box), (64, variant.keys)).copy()
     for i, (axis, span) in enumerate(zip(three_axes(problem.axes), tile[2:], strict=True)):
@@ -84,7 +85,7 @@ def scores_after(variant: Variant, tile: Any, args: list[Any], box: tuple[int, .
     return np.asarray(DEVICE.select(zeros, found, t, h, w, None, variant))
 
 
-@pytest.mark.parametrize("rank, consumers, keys, kv_tile", BOXES, ids=str)
+@pytest.mark.parametrize(("rank", "consumers", "keys", "kv_tile"), BOXES, ids=str)
 def test_masks_hide_what_is_outside_the_window(rank: int, consumers: int, keys: int, kv_tile: tuple[int, ...]) -> None:
     rng = random.Random(repr((rank, consumers, keys, kv_tile)))
     for trial in range(3):
