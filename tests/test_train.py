@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -98,8 +99,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, precision: 
     whole.fit(tmp_path / "whole")
     with pytest.raises(Stop):
         Run(linear(), task, recipe, cpu=True).fit(tmp_path / "parts", stop_after(steps))
-    torch.manual_seed(99)  # whatever happened in between does not matter
     parts = Run(linear(), task, recipe, cpu=True)
+    torch.manual_seed(99)  # whatever happened in between does not matter
     parts.fit(tmp_path / "parts")
     assert same(parts.history) == same(whole.history)
     for name, wanted in whole.average.state_dict().items():
@@ -111,6 +112,20 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, precision: 
 def test_a_finished_run_is_not_run_again(tmp_path: Path):
     first = Run(linear(), Digits(bars()), RECIPE, cpu=True).fit(tmp_path)
     assert Run(linear(), Digits(bars()), RECIPE, cpu=True).fit(tmp_path, stop_after(1)) == first
+
+
+def test_every_epoch_takes_all_examples_in_an_order_of_its_own(tmp_path: Path):
+    taken: list[int] = []
+
+    class Watched(Digits):
+        def loss(self, model: nn.Module, picked: Tensor, numbers: torch.Generator) -> Tensor:
+            taken.extend(picked.tolist())
+            return super().loss(model, picked, numbers)
+
+    Run(linear(), Watched(bars()), RECIPE, cpu=True).fit(tmp_path)
+    epochs = [taken[start : start + 100] for start in range(0, 400, 100)]
+    assert len(taken) == 400 and all(sorted(epoch) == list(range(100)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_seeds_change_what_is_random_and_callers_keep_their_numbers(tmp_path: Path):
@@ -136,17 +151,19 @@ def fixed_linear() -> nn.Module:
         return linear()
 
 
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("where", [(torch, "save"), (os, "fsync")], ids=["while packing", "while writing"])
+def test_a_checkpoint_is_written_whole_or_not_at_all(
+    where: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     task = Digits(bars())
     with pytest.raises(Stop):
         Run(linear(), task, RECIPE, cpu=True).fit(tmp_path, stop_after(7))
     before = (tmp_path / "last.pt").read_bytes()
 
-    def torn(state: Any, file: Any) -> None:
-        file.write(b"half of")
+    def full(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(torch, "save", torn)
+    monkeypatch.setattr(*where, full)
     with pytest.raises(OSError, match="no space left"):
         Run(linear(), task, RECIPE, cpu=True).fit(tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == before

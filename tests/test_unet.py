@@ -75,6 +75,17 @@ def test_every_level_reaches_the_output(name: str):
         torch.testing.assert_close(net(x), wanted)
 
 
+def test_what_a_level_had_on_the_way_down_joins_it_on_the_way_up():
+    """With nothing from coarser levels, a pixel is still felt where it is."""
+    for net in networks("plane"):
+        for layer in net.refine:
+            torch.nn.init.zeros_(layer.weight)
+        x = torch.randn(1, 2, *SIZES["plane"])
+        changed = x.clone()
+        changed[0, 0, 4, 4] += 1
+        assert (net(changed) - net(x))[0, :, 4, 4].abs().max() > 1e-4
+
+
 def test_nothing_comes_from_later_frames_and_much_from_earlier():
     for net in networks("video"):
         x = torch.randn(1, 3, *SIZES["video"])
