@@ -14,11 +14,12 @@ pytest.importorskip("triton", reason="the kernels' source needs triton, which is
 
 from on_cpu import Array, array, device
 
+from vicinal._tuples import ceil_div
 from vicinal.backends.hopper.cost import RATES, kv_tiles, q_tiles
 from vicinal.backends.hopper.launch import axis_args
-from vicinal.backends.hopper.variant import Variant, three, three_axes, variant_of, why_not_tiling
+from vicinal.backends.hopper.variant import AxisArgs, Variant, three, three_axes, variant_of, why_not_tiling
 from vicinal.plan import AxisPlan, make_plan
-from vicinal.problem import Problem
+from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
 
 DEVICE = device()
@@ -46,7 +47,7 @@ def spans(problem: Problem, variant: Variant, place: tuple[int, ...]) -> tuple[A
     args = []
     for axis, q in zip(axes, variant.q_tile, strict=True):
         groups = -(-axis.length // axis.dilation)
-        args.append(type(axis_args(axis, 1))(*map(array, axis_args(axis, -(-groups // q)))))
+        args.append(AxisArgs(*map(array, axis_args(axis, -(-groups // q)))))
     found = [DEVICE.span_on(i, array(n), args, variant) for i, n in enumerate(place)]
     return DEVICE.Tile(array(0), array(0), *found), args
 
@@ -108,3 +109,23 @@ def test_masks_hide_what_is_outside_the_window(rank: int, consumers: int, keys: 
             expected = seen(problem, variant, tile, box, consumer)
             assert (after[real][expected[real]] == 0).all()
             assert (after[real][~expected[real]] <= -(2.0**99)).all()
+
+
+AXES = [
+    Axis(23, 5), Axis(23, 6, stride=4), Axis(23, 23), Axis(23, 5, dilation=4), Axis(24, 5, stride=5, dilation=4),
+    Axis(23, 5, is_causal=True), Axis(23, 7, stride=3, dilation=3, is_causal=True), Axis(1, 1),
+    Axis(23, 1, dilation=23), Axis(37, 11, stride=3, dilation=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("axis", AXES, ids=repr)
+@pytest.mark.parametrize("cut", [(8, 4), (2, 8), (1, 1), (16, 16), (4, 7), (8, 3)], ids=str)
+def test_spans_are_the_plans(axis: Axis, cut: tuple[int, int]) -> None:
+    q, k = cut
+    tiles = ceil_div(ceil_div(axis.length, axis.dilation), q)
+    args = AxisArgs(*map(array, axis_args(axis, tiles)))
+    found = DEVICE.span_of(array(np.arange(tiles * axis.dilation)[None]), args, q, k)
+    columns = np.broadcast_arrays(found.group, found.first, found.origin, found.visited, found.members)
+    walked = np.stack([np.asarray(column).ravel() for column in columns], 1).tolist()
+    expected = [[s.group, s.first, s.start, s.visited] for s in AxisPlan(axis, q, k).spans]
+    assert [row[:4] for row in walked if row[1] < row[4]] == expected  # short groups may have an empty tile

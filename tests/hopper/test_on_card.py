@@ -1,6 +1,7 @@
 """The Hopper backend on a card: equal to the definition, whatever the problem and wherever its tensors lie.
 
-`VICINAL_FUZZ=2000 pytest tests/hopper/test_on_card.py` runs that many random problems; few by default.
+`VICINAL_FUZZ=200 pytest tests/hopper/test_on_card.py` runs that many random problems; few by default. For thousands,
+`fuzz.py` compiles in several processes.
 """
 
 from __future__ import annotations
