@@ -117,7 +117,8 @@ def main() -> int:
             for report in pool.starmap(search, work, chunksize=1):
                 total.add(report)
     print(
-        f"{total.ran} problems, {'one of each kind' if options.each else families}, {len(total.variants)} variants, "
+        f"{total.ran} problems, {'one of each kind' if options.each else f'of {families} times {FAMILY}'}, "
+        f"{len(total.variants)} variants, "
         f"{len(total.failures)} failures, {time.time() - start:.0f} s; worst errors as shares of what is allowed: "
         f"{total.worst_out:.3f} out, {total.worst_lse:.3f} lse"
     )

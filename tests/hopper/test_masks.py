@@ -80,7 +80,7 @@ def scores_after(variant: Variant, tile: Any, args: list[Any], box: tuple[int, .
     t, h, w = (array(n) for n in box)
     found = DEVICE.mask_of(tile, args, None, variant, consumer)
     if variant.mask == "coded":
-        code = DEVICE.place_code(variant, 4).value
+        code = DEVICE.place_code(variant, 4).memory
         return np.asarray(DEVICE.penalties(found, t, h, w, None, variant)) @ np.asarray(code).T
     zeros = np.zeros((64, variant.keys), np.float32).view(Array)
     return np.asarray(DEVICE.select(zeros, found, t, h, w, None, variant))
