@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.hopper.tile import span_of, window_start, window_stop
+from vicinal.backends.hopper.tile import seen_start, seen_stop, span_of
 from vicinal.backends.hopper.variant import AxisArgs
 from vicinal.problem import Axis
 
@@ -15,9 +15,12 @@ NUMBERS = ["length", "kernel_size", "stride", "dilation", "is_causal", "tiles"]
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
-def _span(out, length, kernel_size, stride, dilation, is_causal, tiles, Q: gl.constexpr, K: gl.constexpr):  # noqa: N803
+def _span(
+    out, length, kernel_size, stride, dilation, is_causal, tiles,
+    Q: gl.constexpr, K: gl.constexpr, INVERSE: gl.constexpr,  # noqa: N803
+):  # fmt: skip
     axis = AxisArgs(length, kernel_size, stride, dilation, is_causal, tiles)
-    span = span_of(gl.program_id(0), axis, Q, K)
+    span = span_of(gl.program_id(0), axis, Q, K, INVERSE)
     row = out + gl.program_id(0) * 4
     gl.store(row, span.group)
     gl.store(row + 1, span.first)
@@ -26,11 +29,11 @@ def _span(out, length, kernel_size, stride, dilation, is_causal, tiles, Q: gl.co
 
 
 @gluon.jit(do_not_specialize=["members", *NUMBERS])
-def _window(out, members, length, kernel_size, stride, dilation, is_causal, tiles):
+def _window(out, members, length, kernel_size, stride, dilation, is_causal, tiles, INVERSE: gl.constexpr):  # noqa: N803
     axis = AxisArgs(length, kernel_size, stride, dilation, is_causal, tiles)
     member = gl.program_id(0)
-    gl.store(out + 2 * member, window_start(member, members, axis))
-    gl.store(out + 2 * member + 1, window_stop(member, members, axis))
+    gl.store(out + 2 * member, seen_start(member, members, axis, INVERSE))
+    gl.store(out + 2 * member + 1, seen_stop(member, members, axis, INVERSE))
 
 
 def _numbers(axis: Axis, q: int) -> tuple[int, ...]:
@@ -38,17 +41,20 @@ def _numbers(axis: Axis, q: int) -> tuple[int, ...]:
     return axis.length, axis.kernel_size, axis.stride, axis.dilation, int(axis.is_causal), tiles
 
 
-def spans_on_device(axis: Axis, q: int, k: int) -> list[tuple[int, ...]]:
-    """Group, first query, origin and visited boxes of every query tile, dilation groups one after another."""
+def spans_on_device(axis: Axis, q: int, k: int, is_inverse: bool) -> list[tuple[int, ...]]:
+    """Group, first query, origin and visited boxes of every query tile, dilation groups one after another.
+
+    If `is_inverse`, of every tile of keys, as in `AxisPlan`.
+    """
     numbers = _numbers(axis, q)
     count = numbers[-1] * axis.dilation
     out = torch.empty(count, 4, dtype=torch.int32, device="cuda")
-    _span[(count,)](out, *numbers, q, k, num_warps=1)
+    _span[(count,)](out, *numbers, q, k, is_inverse, num_warps=1)
     return [tuple(row) for row in out.tolist()]
 
 
-def windows_on_device(axis: Axis, members: int) -> list[tuple[int, ...]]:
-    """Start and stop of the window of every member of a dilation group."""
+def windows_on_device(axis: Axis, members: int, is_inverse: bool) -> list[tuple[int, ...]]:
+    """Start and stop of the window of every member of a dilation group, or of the queries that see it."""
     out = torch.empty(members, 2, dtype=torch.int32, device="cuda")
-    _window[(members,)](out, members, *_numbers(axis, 1), num_warps=1)
+    _window[(members,)](out, members, *_numbers(axis, 1), is_inverse, num_warps=1)
     return [tuple(row) for row in out.tolist()]

@@ -187,6 +187,56 @@ def errors(case: Case, backend: object) -> tuple[float, float]:
     return out_error, lse_error
 
 
+def gradient_errors(case: Case, backend: object, has_grad_lse: bool = True) -> dict[str, float]:
+    """Run a case forward and backward; the errors of the gradients as shares of what is allowed. NaN never passes.
+
+    They may be twice as far from float64 as those of eager PyTorch in the same dtype, plus one rounding. Where windows
+    of one key make all gradients of scores zero, what is left are roundings of sums in float32.
+    """
+    problem, inputs = case.problem, inputs_of(case)
+    plan = make_plan(problem, case.tiling)
+    output = backend.forward(plan, inputs)  # type: ignore[attr-defined]
+    generator = torch.Generator(device="cuda").manual_seed(case.seed + 1)
+    grad_out = empty(tuple(output.out.shape), case.layout, output.out.dtype)
+    grad_out.copy_(torch.randn(grad_out.shape, device="cuda", generator=generator))
+    grad_lse = torch.randn(output.lse.shape, device="cuda", generator=generator) if has_grad_lse else None
+    found = backend.backward(plan, inputs, output, grad_out, grad_lse)  # type: ignore[attr-defined]
+    truth = dense_gradients(problem, inputs, grad_out, grad_lse, torch.float64)
+    eager = dense_gradients(problem, inputs, grad_out, grad_lse, output.out.dtype)
+    errors: dict[str, float] = {}
+    for name, wanted in truth.items():
+        actual = getattr(found, name)
+        assert actual.is_contiguous() and actual.dtype == output.out.dtype and actual.shape == wanted.shape
+        rounding = torch.finfo(actual.dtype).eps * wanted.abs().max().item()
+        allowed = 2 * (eager[name].double() - wanted).abs().max().item() + rounding + 1e-5
+        errors[name] = (actual.double() - wanted).abs().max().item() / allowed
+    return errors
+
+
+def dense_gradients(
+    problem: Problem, inputs: Inputs, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """By autograd, through `dense`."""
+    leaves: dict[str, torch.Tensor] = {}
+    for name, tensor in inputs._asdict().items():
+        if tensor is not None and tensor.is_floating_point():
+            clean = tensor.nan_to_num(nan=0.0) if name.startswith("additional") else tensor
+            leaves[name] = clean.to(dtype, copy=True).contiguous().requires_grad_()
+    out, lse = dense(problem, inputs._replace(**leaves), dtype)
+    wanted = (out * grad_out.to(dtype)).sum()
+    if grad_lse is not None:
+        wanted = wanted + (lse * grad_lse.to(dtype)).sum()
+    grads = torch.autograd.grad(wanted, list(leaves.values()))
+    return dict(zip(leaves, grads, strict=True))
+
+
+def check_gradients(case: Case, backend: object, has_grad_lse: bool = True) -> dict[str, float]:
+    found = gradient_errors(case, backend, has_grad_lse)
+    if not all(error <= 1 for error in found.values()):  # also catches NaN
+        raise AssertionError(f"errors of gradients are {found} times what is allowed: {case}")
+    return found
+
+
 def check(case: Case, backend: object) -> tuple[float, float]:
     out_error, lse_error = errors(case, backend)
     if not (out_error <= 1 and lse_error <= 1):  # also catches NaN

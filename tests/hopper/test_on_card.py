@@ -74,20 +74,23 @@ AXES = [
 
 @pytest.mark.parametrize("axis", AXES, ids=repr)
 @pytest.mark.parametrize("cut", [(8, 4), (2, 8), (1, 1), (16, 16)], ids=str)
-def test_kernel_walks_the_plan(axis: Axis, cut: tuple[int, int]) -> None:
-    """The spans and windows that the kernel computes are those of the plan and of the definition."""
+@pytest.mark.parametrize("is_inverse", [False, True], ids=["keys of queries", "queries of keys"])
+def test_kernels_walk_the_plan(axis: Axis, cut: tuple[int, int], is_inverse: bool) -> None:
+    """The spans and windows that the kernels compute are those of the plan and of the definition."""
     from geometry_probe import spans_on_device, windows_on_device
 
-    plan = AxisPlan(axis, *cut)
+    plan = AxisPlan(axis, *cut, is_inverse=is_inverse)
     expected = [(s.group, s.first, s.start, s.visited) for s in plan.spans]
     members = [len(range(group, axis.length, axis.dilation)) for group in range(axis.dilation)]
-    walked = [s for s in spans_on_device(axis, *cut) if s[1] < members[s[0]]]  # short groups may have an empty tile
+    spans = spans_on_device(axis, *cut, is_inverse)
+    walked = [s for s in spans if s[1] < members[s[0]]]  # short groups may have an empty tile
     assert walked == expected
     for group, count in enumerate(members):
-        windows = windows_on_device(axis, count)
+        windows = windows_on_device(axis, count, is_inverse)
         for member, (start, stop) in enumerate(windows):
-            window = axis.window(group + member * axis.dilation)
-            assert [group + m * axis.dilation for m in range(start, stop)] == list(window)
+            token = group + member * axis.dilation
+            seen = axis.viewers(token) if is_inverse else axis.window(token)
+            assert [group + m * axis.dilation for m in range(start, stop)] == list(seen)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

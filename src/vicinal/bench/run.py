@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from vicinal.backends.base import Inputs, Predicts
 from vicinal.bench.contender import Call, Contender
 from vicinal.bench.contenders import Ours, contenders
 from vicinal.bench.results import Measurement, today
-from vicinal.bench.specs import FORWARD, Spec
+from vicinal.bench.specs import BACKWARD, BOTH, FORWARD, Spec
 from vicinal.errors import InvalidProblem
 from vicinal.plan import make_plan
 from vicinal.problem import Problem
@@ -45,12 +46,19 @@ class Effort:
     threads: int = 2
 
 
+class Steps(NamedTuple):
+    """What is timed, and what comes before it each time."""
+
+    ready: Callable[[], object]
+    timed: Callable[[], object]
+
+
 @dataclass
 class Lane:
     """One contender on one case and pass, and what was found."""
 
     contender: Contender
-    step: Callable[[], object]
+    steps: Steps
     wrong: float | None
     device_s: list[float]
     host_s: list[float]
@@ -141,7 +149,7 @@ def measure_case(
         try:
             call = contender.prepare(problem, inputs)
             wrong = None if contender.is_dense else exam.grade(call)
-            lanes.append(Lane(contender, _step(call, inputs, what), wrong, [], []))
+            lanes.append(Lane(contender, _steps(call, inputs, what), wrong, [], []))
         except Exception as failure:
             if isinstance(contender, Ours):
                 raise
@@ -152,7 +160,7 @@ def measure_case(
     return [_measurement(spec, what, lane, device) for lane in lanes]
 
 
-def _step(call: Call, inputs: Inputs, what: str) -> Callable[[], object]:
+def _steps(call: Call, inputs: Inputs, what: str) -> Steps:
     with torch.no_grad():
         query, key, value = (call.enter(tensor) for tensor in inputs[:3])
     if what == FORWARD:
@@ -161,14 +169,21 @@ def _step(call: Call, inputs: Inputs, what: str) -> Callable[[], object]:
             with torch.no_grad():
                 return call.attend(query, key, value)
 
-        return forward
+        return Steps(_nothing, forward)
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     grad_out = torch.randn_like(call.attend(*leaves))
 
-    def both() -> object:
-        return torch.autograd.grad(call.attend(*leaves), leaves, grad_out)
+    if what == BACKWARD:
+        outputs: list[Tensor] = []
+        return Steps(
+            lambda: outputs.append(call.attend(*leaves)),
+            lambda: torch.autograd.grad(outputs.pop(), leaves, grad_out),
+        )
+    return Steps(_nothing, lambda: torch.autograd.grad(call.attend(*leaves), leaves, grad_out))
 
-    return both
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -226,38 +241,41 @@ def _time(lanes: list[Lane], device: torch.device, effort: Effort) -> None:
         return
     for lane in lanes:
         for _ in range(3 if device.type == "cuda" else 1):
-            lane.step()
+            lane.steps.ready()
+            lane.steps.timed()
     clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
     began, done = time.perf_counter(), 0
     while done < effort.rounds or (done < effort.most and time.perf_counter() - began < effort.seconds):
         # Everyone follows everyone else once in a while: nobody always runs on a neighbor's warm cache.
         for lane in lanes[done % len(lanes) :] + lanes[: done % len(lanes)]:
-            device_s, host_s = clock(lane.step)
+            device_s, host_s = clock(lane.steps)
             lane.device_s.append(device_s)
             lane.host_s.append(host_s)
         done += 1
 
 
-def _cpu_clock(step: Callable[[], object]) -> tuple[float, float]:
+def _cpu_clock(steps: Steps) -> tuple[float, float]:
+    steps.ready()
     began = time.perf_counter()
-    step()
+    steps.timed()
     taken = time.perf_counter() - began
     return taken, taken
 
 
-def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], tuple[float, float]]:
+def _cuda_clock(device: torch.device) -> Callable[[Steps], tuple[float, float]]:
     # Writing it empties the second-level cache, and keeps the device busy until the host has queued the step:
     # device times then hold no waiting for the host.
     cover = torch.empty(2**28, dtype=torch.int32, device=device)
 
-    def clock(step: Callable[[], object]) -> tuple[float, float]:
+    def clock(steps: Steps) -> tuple[float, float]:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        steps.ready()
         torch.cuda.synchronize(device)
         cover.zero_()
         cover.zero_()
         start.record()
         began = time.perf_counter()
-        step()
+        steps.timed()
         host_s = time.perf_counter() - began
         stop.record()
         torch.cuda.synchronize(device)
@@ -301,7 +319,7 @@ def useful_flops(problem: Problem, what: str) -> int:
     """
     pairs = problem.batch * problem.heads * (problem.pairs + problem.tokens * problem.additional)
     d, dv = problem.head_dim, problem.head_dim_v
-    return 2 * pairs * (d + dv if what == FORWARD else 4 * d + 3 * dv)
+    return 2 * pairs * {FORWARD: d + dv, BACKWARD: 3 * d + 2 * dv, BOTH: 4 * d + 3 * dv}[what]
 
 
 def _spread(times: list[float]) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vicinal.errors import InvalidProblem
 from vicinal.problem import Problem
 
 FORWARD = "forward"
+BACKWARD = "backward"
 BOTH = "forward+backward"
 
 
@@ -22,7 +23,7 @@ class Spec:
         source: whose problem it is.
         passes: what is timed.
         over_dense: for each pass the speed-up over dense attention that we are after, if we said so.
-        goal_milliseconds: of the forward pass, if we said so.
+        goal_milliseconds: of the first of them, if we said so.
     """
 
     name: str
@@ -135,10 +136,32 @@ H100_PORTABLE = (
     _portable("position bias", *_IMAGES, 64, batch=4, position_bias=True),
 )
 
+
+def _backward(name: str, source: str, goal: float | None, *args: Any, **more: Any) -> Spec:
+    return replace(_h100(name, source, goal, *args, **more), passes=(BACKWARD,))
+
+
+H100_BACKWARD = (
+    _backward("HunyuanVideo s16x8x8", _HUNYUAN, 70, (30, 48, 80), (18, 24, 24), 24, 128, stride=(16, 8, 8)),
+    _backward("HunyuanVideo s1", _HUNYUAN, 115, (30, 48, 80), (18, 24, 24), 24, 128),
+    _backward("Wan s1", _WAN, 88, (21, 45, 80), (12, 24, 24), 40, 128),
+    _backward("FLUX 4K s16", _FLUX, 24, (256, 256), 80, 24, 128, stride=16),
+    _backward("FLUX 4K s1", _FLUX, 31, (256, 256), 80, 24, 128),
+    _backward("60x136x240 w11", _LTX + ", stage 5, an eighth", 65, (60, 136, 240), 11, 4, 64),
+    _backward("35x68x240 w3x5x5", _LTX + ", stage 4, half", 7, (35, 68, 240), (3, 5, 5), 8, 64),
+    _backward("32x64x96 w11", _LTX, 6, (32, 64, 96), 11, 4, 64),
+    _backward("32x64x96 w3x7x7", _LTX, 1.6, (32, 64, 96), (3, 7, 7), 4, 64),
+    _backward("65536 w2048", _LONG, 2.5, (65536,), 2048, 8, 128),
+    _backward("DiNAT 56x56", _DINAT, 0.6, (56, 56), 7, 2, 64, batch=64),
+    _backward("dense 16384, heads of 128", "dense attention", 9.3, (16384,), -1, 16, 128),
+    _backward("dense 16384, heads of 64", "dense attention", 5.5, (16384,), -1, 16, 64),
+)
+
 SUITES: dict[str, tuple[Spec, ...]] = {
     "smoke": SMOKE,
     "cpu": CPU,
     "h100-forward": H100_FORWARD,
+    "h100-backward": H100_BACKWARD,
     "h100-portable": H100_PORTABLE,
 }
 

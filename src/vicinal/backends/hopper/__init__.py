@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
-from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
+from vicinal.backends.hopper import backward
 from vicinal.backends.hopper.cost import predicted_ms, ranked_tilings
-from vicinal.backends.hopper.launch import ALIGNMENT, Launch, can_map, is_mappable, layouts_of
+from vicinal.backends.hopper.launch import Launch, can_map, layouts_of
+from vicinal.backends.hopper.memory import Remembered, Strides, additional, new, on_device
 from vicinal.backends.hopper.variant import variant_of
-from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -58,7 +57,9 @@ class Hopper:
         return tuple(reason for holds, reason in facts if not holds)
 
     def why_not_gradients(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
-        return ("computes no gradients yet",)
+        known = backward.HEAD_DIMS
+        has = problem.head_dim in known
+        return () if has else (f"computes gradients where head_dim is one of {known}, got {problem.head_dim}",)
 
     def tilings(self, problem: Problem, hardware: Hardware) -> Iterable[Tiling]:
         """Tilings worth trying, the one with the least predicted time first."""
@@ -80,16 +81,10 @@ class Hopper:
             return Output(new(shape, query.dtype, device), new(shape[:-1], torch.float32, device))
         if problem.scale < 0:
             query = -query  # masks need a positive scale, see `launch.kernel_scale`
-        tensors, lengths = [query, inputs.key, inputs.value], inputs.additional_lengths
-        if problem.additional:
-            assert inputs.additional_keys is not None and inputs.additional_values is not None
-            more = [inputs.additional_keys, inputs.additional_values]
-            if lengths is not None:
-                lengths = lengths.to(torch.int32)
-                more = [zero_from(tensor, lengths) for tensor in more]
-            tensors += more
+        more, lengths = additional(inputs, problem)
+        tensors = [query, inputs.key, inputs.value, *more]
         device = query.get_device()
-        launch = prepare(plan, tensors, device)
+        launch = launches.find(plan, tensors, device)
         out, lse = outputs_of(query, launch)
         tensors.insert(3, out)
         addresses = [tensor.data_ptr() for tensor in tensors]
@@ -100,69 +95,21 @@ class Hopper:
     def backward(
         self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
     ) -> Gradients:
-        raise Unsupported("backend 'hopper' computes no gradients yet")
-
-
-def prepare(plan: Plan, tensors: list[Tensor], device: int) -> Launch:
-    """A launch for these inputs. Those that cannot be read in place are replaced, in the list, by copies."""
-    kind = (id(plan), device, *[tensor.stride() for tensor in tensors])
-    entry = known.get(kind)  # by identity, since to hash a plan takes as long as all the rest
-    if entry is None:
-        entry = plan, on_device(prepared, device, plan, kind[2:], device)
-        if len(known) >= MOST:
-            known.clear()
-        known[kind] = entry
-    launch = entry[1]
-    if launch is None or any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
-        tensors[:] = [tensor if is_mappable(tensor) else copy(tensor) for tensor in tensors]
-        return prepare(plan, tensors, device)
-    if launch.needs_room:
-        rooms = launch.rooms[:3] + launch.rooms[4:]
-        lacks = [2 * tensor.storage_offset() < room for tensor, room in zip(tensors, rooms, strict=True)]
-        if any(lacks):
-            room = launch.rooms[3]  # of the output, which is contiguous and has no fewer heads than a copy
-            tensors[:] = [copy(tensor, room) if lack else tensor for tensor, lack in zip(tensors, lacks, strict=True)]
-            return prepare(plan, tensors, device)
-    return launch
-
-
-MOST = 1024
-"""Launches remembered; then all are forgotten, for such a program repeats few."""
-
-known: dict[tuple[Any, ...], tuple[Plan, Launch | None]] = {}
-"""Launches by the plan's identity, the device and the strides. Each keeps its plan, whose identity stays taken."""
-
-
-def forget() -> None:
-    """Forget all launches."""
-    known.clear()
-    prepared.cache_clear()
+        """Gradients, cut by a choice of its own: `plan.tiling` is the forward pass's."""
+        return backward.gradients(plan.problem, inputs, output, grad_out, grad_lse)
 
 
 def outputs_of(query: Tensor, launch: Launch) -> Output:
     """Empty outputs. Of the ways to make a tensor these take least time."""
-    if query.is_contiguous() and not launch.rooms[3]:
+    if query.is_contiguous() and not launch.copy_room:
         out = torch.empty_like(query)
     else:
-        out = new(query.shape, query.dtype, query.device, launch.rooms[3])
+        out = new(query.shape, query.dtype, query.device, launch.copy_room)
     return Output(out, torch.empty(launch.lse_shape, dtype=torch.float32, device=query.device))
 
 
-def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, room: int = 0) -> Tensor:
-    """An empty tensor, `room` bytes into its allocation."""
-    if room == 0:
-        return torch.empty(shape, dtype=dtype, device=device)
-    start = room // dtype.itemsize
-    return torch.empty(start + prod(shape), dtype=dtype, device=device)[start:].view(shape)
-
-
-def copy(tensor: Tensor, room: int = 0) -> Tensor:
-    """A contiguous copy, `room` bytes into its allocation."""
-    return new(tensor.shape, tensor.dtype, tensor.device, room).copy_(tensor)
-
-
-@lru_cache(maxsize=MOST)
-def prepared(plan: Plan, strides: tuple[tuple[int, ...], ...], device: int) -> Launch | None:
+@lru_cache(maxsize=1024)
+def prepared(plan: Plan, strides: Strides, device: int) -> Launch | None:
     """The launch of `plan` on tensors with these strides, built once; None if one of them must be copied first."""
     problem = plan.problem
     out = torch.empty((problem.batch, *problem.shape, problem.heads, problem.head_dim), device="meta")
@@ -170,19 +117,14 @@ def prepared(plan: Plan, strides: tuple[tuple[int, ...], ...], device: int) -> L
     return Launch(plan, variant_of(plan), layouts, device) if all(map(can_map, layouts)) else None
 
 
-def on_device(run: Callable[..., Any], device: int, *args: Any) -> Any:
-    """`run(*args)` with `device` current. Entering a device costs as much as a launch, so it is avoided."""
-    if torch._C._cuda_getDevice() == device:
-        return run(*args)
-    with torch.cuda.device(device):
-        return run(*args)
+launches = Remembered(prepared)
 
 
-def zero_from(tensor: Tensor, lengths: Tensor) -> Tensor:
-    """`tensor [B, M, ...]` with zeros from `lengths[b]` on, so that whatever pads it has no effect."""
-    places = torch.arange(tensor.shape[1], device=tensor.device)
-    is_padding = places >= lengths[:, None]
-    return tensor.masked_fill(is_padding[:, :, None, None], 0)
+def forget() -> None:
+    """Forget all launches."""
+    launches.forget()
+    prepared.cache_clear()
+    backward.forget()
 
 
 backend = Hopper()

@@ -9,12 +9,16 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from vicinal.backends.hopper.backward_keys import additional_gradients, key_gradients
+from vicinal.backends.hopper.backward_queries import query_gradients
+from vicinal.backends.hopper.backward_sums import sums
 from vicinal.backends.hopper.forward import forward
 from vicinal.backends.hopper.forward_small import forward_small
-from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Variant
+from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Sums, Variant
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -29,42 +33,68 @@ def box_type(variant: Variant, box: tuple[int, ...]) -> str:
     return f"tensordesc<{ELEMENT[variant.dtype]}[{sides}],{layout!r}>"
 
 
+def kernel_of(variant: Variant) -> Any:
+    """The function that `variant` is compiled from."""
+    if variant.kernel == "forward":
+        return forward_small if variant.consumers == 1 else forward
+    return {"queries": query_gradients, "keys": key_gradients, "additional": additional_gradients}[variant.kernel]
+
+
 def signature(variant: Variant) -> dict[str, Any]:
-    """Types of the kernels' arguments, in their order."""
-    queries, more = box_type(variant, variant.box), box_type(variant, (1, 1, variant.keys))
-    keys = more if variant.empty else box_type(variant, variant.kv_box)  # triton takes powers of two only
-    return {
-        "query": queries,
-        "key": keys,
-        "value": keys,
-        "out": queries,
-        "more_key": more,
-        "more_value": more,
-        "lse": "*fp32",
-        "lengths": "*i32",
+    """Types of a kernel's arguments, in their order."""
+    maps = tensor_maps(variant)
+    names = kernel_of(variant).arg_names
+    types = {
+        **maps,
         "axes": (AxisArgs(*["i32"] * 6),) * 3,
-        "steps": (StepArgs(*["i32"] * 4),) * 6,
-        "heads": "i32",
-        "heads_per_key": "i32",
-        "heads_per_block": "i32",
-        "additional": "i32",
-        "slab": "i32",
+        "steps": (StepArgs(*["i32"] * 4),) * len(maps),
+        "lengths": "*i32",
         "scale": "fp32",
+        "grad_scale": "fp32",
         "V": "constexpr",
+        **dict.fromkeys(("lse", "delta", "partial_key", "partial_value"), "*fp32"),
     }
+    return {name: types.get(name, "i32") for name in names}
+
+
+def tensor_maps(variant: Variant) -> dict[str, str]:
+    """Types of the tensor maps that a kernel takes, in their order."""
+    rows, more = box_type(variant, variant.box), box_type(variant, (1, 1, variant.keys))
+    columns = more if variant.empty else box_type(variant, variant.kv_box)  # triton takes powers of two only
+    if variant.kernel == "forward":
+        maps = {"query": rows, "key": columns, "value": columns, "out": rows}
+    elif variant.kernel == "queries":
+        maps = {"query": rows, "grad_out": rows, "key": columns, "value": columns, "grad_query": rows}
+    else:
+        maps = {"query": columns, "grad_out": columns, "key": rows, "value": rows}
+        return maps | ({"grad_key": rows, "grad_value": rows} if variant.kernel == "keys" else {})
+    return maps | {"more_key": more, "more_value": more}
+
+
+def compiled_sums(variant: Sums) -> Any:
+    """The kernel that prepares the backward, compiled for sm_90a."""
+    pointers = ["out", "grad_out", "lse", "grad_lse", "lse_by_head", "delta_by_head"]
+    kinds = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(pointers[:2], "*" + ELEMENT[variant.dtype])
+    kinds |= {"axes": ("i32",) * 3, "step": StepArgs(*["i32"] * 4), "D": "constexpr", "ROWS": "constexpr"}
+    types = {name: kinds.get(name, "i32") for name in sums.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(2)}
+    source = ASTSource(sums, types, {"D": variant.head_dim, "ROWS": variant.rows}, aligned)
+    return triton.compile(source, target=HOPPER, options={"num_warps": 4})
 
 
 def source_of(variant: Variant) -> Any:
     """What is compiled for `variant`."""
-    return GluonASTSource(forward_small if variant.consumers == 1 else forward, signature(variant), {"V": variant})
+    return GluonASTSource(kernel_of(variant), signature(variant), {"V": variant})
 
 
 @lru_cache(maxsize=256)
-def compiled(variant: Variant) -> Any:
+def compiled(variant: Variant | Sums) -> Any:
     """The kernel of `variant`, compiled for sm_90a with the tightest register cap under which it does not spill.
 
     Needs no GPU. Triton keeps the result on disk.
     """
+    if isinstance(variant, Sums):
+        return compiled_sums(variant)
     source = source_of(variant)
     for cap in variant.register_caps:
         options = {"num_warps": 4, "maxnreg": cap} if cap else {"num_warps": 4}

@@ -12,10 +12,11 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Variant, three_axes
+from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Sums, Variant, three_axes
 from vicinal.errors import Unsupported
 from vicinal.plan import Plan
 from vicinal.problem import Axis, Problem
@@ -67,7 +68,7 @@ class Function(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def function(variant: Variant, device: int) -> Function:
+def function(variant: Variant | Sums, device: int) -> Function:
     """Compile `variant` and load it on `device`, which must be the current one."""
     from vicinal.backends.hopper.compile import compiled
 
@@ -93,10 +94,13 @@ def layouts_of(problem: Problem, strides: Sequence[tuple[int, ...]]) -> list[Lay
     queries, keys = (problem.heads, problem.head_dim), (problem.heads_kv, problem.head_dim)
     grid, more = problem.shape, (problem.additional,)
     shapes = [(*grid, *queries), (*grid, *keys), (*grid, *keys), (*grid, *queries), (*more, *keys), (*more, *keys)]
-    return [
-        Layout((problem.batch, *(1,) * (5 - len(shape)), *shape), (step[0], *(0,) * (5 - len(shape)), *step[1:]))
-        for shape, step in zip(shapes, strides, strict=False)
-    ]
+    return [layout_of((problem.batch, *shape), step) for shape, step in zip(shapes, strides, strict=False)]
+
+
+def layout_of(shape: Sequence[int], strides: Sequence[int]) -> Layout:
+    """Of a tensor `[B, *S, H, D]`, leading axes of one token added."""
+    missing = 6 - len(shape)
+    return Layout((shape[0], *(1,) * missing, *shape[1:]), (strides[0], *(0,) * missing, *strides[1:]))
 
 
 def can_map(layout: Layout) -> bool:
@@ -199,13 +203,60 @@ class TensorMap:
         )
 
 
-class Launch:
+class Call:
     """One kernel with its arguments, for tensors of given shapes and strides; only addresses change.
 
-    `rooms` are the bytes of the same allocation that each tensor needs before it; `needs_room` says whether any
-    does. `lse_shape` is what it sounds like, a plain tuple.
-
     Safe to call from several threads and streams: the driver copies the arguments when it is called.
+    """
+
+    def __init__(
+        self, function: Function, grid: tuple[int, int, int], maps: Sequence[TensorMap], pointers: int,
+        integers: Sequence[int], floats: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        self._function, self._grid, self._maps = function, grid, tuple(dict.fromkeys(maps))
+        self._pointers = [ctypes.c_uint64() for _ in range(pointers)]
+        self._lock = threading.Lock()
+        # In the compiler's order: each tensor map is followed by its shape and strides, which our
+        # kernels do not read, and two pointers to scratch memory that they do not use come last.
+        unused = ctypes.c_uint64(0)
+        self._values = [*map(ctypes.c_int32, integers), *map(ctypes.c_float, floats), unused]
+        places: list[int] = []
+        for tensor_map in maps:
+            places += [tensor_map.pointer] + [ctypes.addressof(unused)] * (2 * RANK)
+        places += [ctypes.addressof(value) for value in (*self._pointers, *self._values[:-1])]
+        places += [ctypes.addressof(unused)] * 2
+        self._parameters = (ctypes.c_void_p * len(places))(*places)
+
+    def start(self, addresses: Sequence[int], pointers: Sequence[int], stream: int) -> None:
+        """Start the kernel on `stream`.
+
+        Args:
+            addresses: of the tensors that have maps, each once.
+            pointers: the kernel's other addresses.
+            stream: a CUDA stream handle.
+        """
+        handle, threads, shared = self._function
+        with self._lock:
+            for tensor_map, address in zip(self._maps, addresses, strict=True):
+                tensor_map.point_to(address)
+            for pointer, address in zip(self._pointers, pointers, strict=True):
+                pointer.value = address
+            code = _driver().cuLaunchKernel(handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None)
+        _check(code)
+
+
+def tiles_of(axes: Sequence[Axis], variant: Variant) -> tuple[list[int], int]:
+    """Tiles of a dilation group on each axis, and of the whole grid."""
+    tiles = [ceil_div(ceil_div(a.length, a.dilation), q) for a, q in zip(axes, variant.q_tile, strict=True)]
+    return tiles, prod(count * axis.dilation for axis, count in zip(axes, tiles, strict=True))
+
+
+class Launch(Call):
+    """The forward kernel.
+
+    `rooms` are the bytes of the same allocation that each input needs before it; `needs_room` says whether any does.
+    The output needs `copy_room`, and no copy of an input more: it is contiguous and has no fewer heads.
+    `lse_shape` is what it sounds like, a plain tuple.
     """
 
     def __init__(self, plan: Plan, variant: Variant, layouts: Sequence[Layout], device: int) -> None:
@@ -214,44 +265,25 @@ class Launch:
         single = (Axis(1, 1), Axis(1, 1), Axis(max(problem.additional, 1), 1))
         geometries = [geometry(layout, single if i >= 4 else axes) for i, layout in enumerate(layouts)]
         boxes = [variant.box, variant.kv_box, variant.kv_box, variant.box, *[(1, 1, variant.keys)] * 2]
-        self.rooms = [geometry.room for geometry in geometries]
+        self.rooms = [geometry.room for i, geometry in enumerate(geometries) if i != 3]
         self.needs_room = any(self.rooms)
+        self.copy_room = geometries[3].room
         self.lse_shape = (problem.batch, *problem.shape, problem.heads)
-        self._function = function(variant, device)
-        self._maps = [
+        maps = [
             TensorMap(geometry, variant.dtype, box, variant.head_dim)
             for geometry, box in zip(geometries, boxes, strict=False)
         ]
-        tiles = [ceil_div(ceil_div(a.length, a.dilation), q) for a, q in zip(axes, variant.q_tile, strict=True)]
-        blocks = 1
-        for axis, count in zip(axes, tiles, strict=True):
-            blocks *= count * axis.dilation
+        tiles, blocks = tiles_of(axes, variant)
         together = heads_per_block(problem, variant, blocks, plan.visited)
-        self._grid = (blocks, ceil_div(problem.heads, together), problem.batch)
-        self._lse, self._lengths = ctypes.c_uint64(), ctypes.c_uint64()
-        self._lock = threading.Lock()
         steps = [geometry.steps for geometry in geometries]
         steps += [StepArgs(0, 0, 0, 0)] * (6 - len(steps))
         integers = [n for axis, count in zip(axes, tiles, strict=True) for n in axis_args(axis, count)]
         integers += [n for step in steps for n in step]
         integers += [problem.heads, problem.heads // problem.heads_kv, together, problem.additional]
         integers += [slab(axes, variant, together)]
-        self._parameters = self._lay_out(integers, kernel_scale(problem.scale))
-
-    def _lay_out(self, integers: list[int], scale: float) -> Any:
-        # In the compiler's order: each tensor map is followed by its shape and strides, which our
-        # kernels do not read, and two pointers to scratch memory that they do not use come last.
-        unused = ctypes.c_uint64(0)
-        self._values = [ctypes.c_int32(n) for n in integers]
-        self._values += [ctypes.c_float(scale), unused]
-        pointers: list[int] = []
-        for i in range(6):
-            tensor_map = self._maps[i] if i < len(self._maps) else self._maps[0]
-            pointers += [tensor_map.pointer] + [ctypes.addressof(unused)] * (2 * RANK)
-        pointers += [ctypes.addressof(self._lse), ctypes.addressof(self._lengths)]
-        pointers += [ctypes.addressof(value) for value in self._values[:-1]]
-        pointers += [ctypes.addressof(unused)] * 2
-        return (ctypes.c_void_p * len(pointers))(*pointers)
+        grid = (blocks, ceil_div(problem.heads, together), problem.batch)
+        maps += [maps[0]] * (6 - len(maps))
+        super().__init__(function(variant, device), grid, maps, 2, integers, [kernel_scale(problem.scale)])
 
     def __call__(self, addresses: Sequence[int], lse: int, lengths: int, stream: int) -> None:
         """Start the kernel on `stream`.
@@ -262,13 +294,7 @@ class Launch:
             lengths: address of the 32-bit lengths of the additional keys, or 0 if all count.
             stream: a CUDA stream handle.
         """
-        handle, threads, shared = self._function
-        with self._lock:
-            for tensor_map, address in zip(self._maps, addresses, strict=True):
-                tensor_map.point_to(address)
-            self._lse.value, self._lengths.value = lse, lengths
-            code = _driver().cuLaunchKernel(handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None)
-        _check(code)
+        self.start(addresses, (lse, lengths), stream)
 
 
 def axis_args(axis: Axis, tiles: int) -> AxisArgs:

@@ -5,19 +5,19 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from vicinal.backends.hopper.tile import row_places, window_start, window_stop
+from vicinal.backends.hopper.tile import row_places, seen_start, seen_stop
 
 NEVER = gl.constexpr(-(2.0**100))
 """What hides a score: far below any other, and a power of two, so that sums of a few cancel exactly."""
 
 
 @gluon.jit
-def row_window(row, span, axis, IS_CAUSAL: gl.constexpr):
+def row_window(row, span, axis, V: gl.constexpr):
     """Window of row `row` of a query tile, relative to the span's origin: start and length."""
     member = gl.minimum(span.first + row, span.members - 1)
-    start = window_start(member, span.members, axis)
-    if IS_CAUSAL:
-        return start - span.origin, window_stop(member, span.members, axis) - start
+    start = seen_start(member, span.members, axis, V.is_inverse)
+    if V.is_uneven:
+        return start - span.origin, seen_stop(member, span.members, axis, V.is_inverse) - start
     else:
         return start - span.origin, axis.kernel_size  # of all rows, which saves registers
 
@@ -26,9 +26,9 @@ def row_window(row, span, axis, IS_CAUSAL: gl.constexpr):
 def row_windows(rows, tile, axes, V: gl.constexpr, consumer: gl.constexpr):
     """Windows of the rows of one warpgroup: start and length on each axis."""
     t, h, w = row_places(rows, V, consumer)
-    t_start, t_size = row_window(t, tile.t, axes[0], V.is_causal)
-    h_start, h_size = row_window(h, tile.h, axes[1], V.is_causal)
-    w_start, w_size = row_window(w, tile.w, axes[2], V.is_causal)
+    t_start, t_size = row_window(t, tile.t, axes[0], V)
+    h_start, h_size = row_window(h, tile.h, axes[1], V)
+    w_start, w_size = row_window(w, tile.w, axes[2], V)
     return t_start, t_size, h_start, h_size, w_start, w_size
 
 
@@ -202,20 +202,20 @@ class Windows(NamedTuple):
 
 
 @gluon.jit
-def full_keys(span, axis, Q: gl.constexpr):
+def full_keys(span, axis, Q: gl.constexpr, IS_INVERSE: gl.constexpr):
     """Keys that every query of a tile sees, relative to its origin: start and stop."""
     last = gl.minimum(span.first + Q, span.members) - 1
-    start = window_start(last, span.members, axis)
-    return start - span.origin, window_stop(span.first, span.members, axis) - span.origin
+    start = seen_start(last, span.members, axis, IS_INVERSE)
+    return start - span.origin, seen_stop(span.first, span.members, axis, IS_INVERSE) - span.origin
 
 
 @gluon.jit
 def windows_of(tile, axes, layout: gl.constexpr, V: gl.constexpr, consumer: gl.constexpr):
     rows = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, layout)), 1)
     t0, tn, h0, hn, w0, wn = row_windows(rows, tile, axes, V, consumer)
-    t_full = full_keys(tile.t, axes[0], V.q_tile[0])
-    h_full = full_keys(tile.h, axes[1], V.q_tile[1])
-    w_full = full_keys(tile.w, axes[2], V.q_tile[2])
+    t_full = full_keys(tile.t, axes[0], V.q_tile[0], V.is_inverse)
+    h_full = full_keys(tile.h, axes[1], V.q_tile[1], V.is_inverse)
+    w_full = full_keys(tile.w, axes[2], V.q_tile[2], V.is_inverse)
     return Windows(t0, tn, h0, hn, w0, wn, t_full, h_full, w_full)
 
 

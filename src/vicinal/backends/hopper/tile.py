@@ -1,5 +1,8 @@
 """Device nouns: a query tile, the keys it visits, and the mask between them.
 
+Gradients of keys and values walk the inverse: if `V.is_inverse`, queries and keys have changed places in all
+that is said here, as in `plan.AxisPlan`.
+
 Everything here answers one question about one tile. `Span` is the device's copy of `plan.Span`: it
 is computed from a few integers instead of being read from memory, and a test holds the two equal.
 """
@@ -90,7 +93,41 @@ def window_stop(member, members, axis):
 
 
 @gluon.jit
-def span_of(index, axis, Q: gl.constexpr, K: gl.constexpr):
+def viewers_stop(member, members, axis):
+    """One past the last query that sees a key, as `window.viewers` defines it."""
+    lead = gl.where(axis.is_causal != 0, axis.stride - 1, axis.stride // 2)
+    reach = gl.where(axis.is_causal != 0, axis.kernel_size - 1, axis.kernel_size // 2)
+    last = member + reach - lead
+    if axis.stride > 1:
+        last = last // axis.stride * axis.stride + axis.stride - 1
+    return gl.where(member >= members - axis.kernel_size, members, gl.minimum(last + 1, members))
+
+
+@gluon.jit
+def viewers_start(member, members, axis):
+    """First query that sees a key."""
+    stop = viewers_stop(gl.maximum(member - axis.kernel_size, 0), members, axis)
+    return gl.where(axis.is_causal != 0, member, gl.where(member < axis.kernel_size, 0, stop))
+
+
+@gluon.jit
+def seen_start(member, members, axis, IS_INVERSE: gl.constexpr):
+    if IS_INVERSE:
+        return viewers_start(member, members, axis)
+    else:
+        return window_start(member, members, axis)
+
+
+@gluon.jit
+def seen_stop(member, members, axis, IS_INVERSE: gl.constexpr):
+    if IS_INVERSE:
+        return viewers_stop(member, members, axis)
+    else:
+        return window_stop(member, members, axis)
+
+
+@gluon.jit
+def span_of(index, axis, Q: gl.constexpr, K: gl.constexpr, IS_INVERSE: gl.constexpr = False):
     """The span of query tile `index`, for tiles of `Q` queries and `K` keys.
 
     Groups that are one member short may have a last tile without queries: it computes, and all that
@@ -110,8 +147,8 @@ def span_of(index, axis, Q: gl.constexpr, K: gl.constexpr):
         shift = gl.where((group >= long_groups) & (long_groups > 0), 1, 0)
     first = tile * Q
     last = gl.minimum(first + Q, members) - 1
-    origin = window_start(first, members, axis)
-    visited = (window_stop(last, members, axis) - origin + K - 1) // K
+    origin = seen_start(first, members, axis, IS_INVERSE)
+    visited = (seen_stop(last, members, axis, IS_INVERSE) - origin + K - 1) // K
     return Span(first, members, origin, visited, group, residue, shift)
 
 
@@ -145,7 +182,7 @@ def span_on(AXIS: gl.constexpr, index, axes, V: gl.constexpr):
     if AXIS < 3 - V.rank:
         return Span(0, 1, 0, 1, 0, 0, 0)
     else:
-        return span_of(index, axes[AXIS], V.q_tile[AXIS], V.kv_box[AXIS])
+        return span_of(index, axes[AXIS], V.q_tile[AXIS], V.kv_box[AXIS], V.is_inverse)
 
 
 class Counts(NamedTuple):

@@ -58,6 +58,8 @@ class Variant:
         mask: `"none"`, `"coded"` (on the tensor core) or `"select"` (on tiles that need one).
         is_causal: whether some axis is causal, so that rows have windows of different lengths.
         has_additional: whether there are additional keys.
+        kernel: `"forward"`, or whose gradients it computes: `"queries"`, `"keys"` (and values) or `"additional"`
+            keys. For the last two, queries and keys have changed places in all that is said here.
     """
 
     dtype: str
@@ -71,6 +73,17 @@ class Variant:
     mask: str
     is_causal: bool = False
     has_additional: bool = False
+    kernel: str = "forward"
+
+    @property
+    def is_inverse(self) -> bool:
+        """Whether tiles of keys walk the queries that see them."""
+        return self.kernel in ("keys", "additional")
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether rows may see different numbers of columns."""
+        return self.is_causal or self.is_inverse
 
     @property
     def keys(self) -> int:
@@ -122,6 +135,12 @@ class Variant:
         Measured: with small tiles, five blocks at 96 registers beat four at 128, and with heads of 32 six at 80 beat
         five at 96 by 3%.
         """
+        if self.kernel != "forward":
+            if self.consumers > 1:
+                return (0,)
+            # Of 80, one that computes gets 136 and three blocks fit; of 128, 232 and two. The loading warp has few.
+            is_small = self.head_dim < 128 and (self.kernel == "queries" or self.head_dim * self.keys < 64 * 64)
+            return (80, 128) if is_small else (128,)
         if self.consumers > 1 or self.head_dim > 64 or self.keys > 64:
             return (0,)
         return (80, 96, 128, 0) if self.head_dim == 32 else (96, 128, 0)
@@ -141,6 +160,14 @@ class Variant:
         """Names the compiled kernel on disk: the fields, and what this release makes of them."""
         names = [name for name, value in vars(Variant).items() if isinstance(value, property) and name != "cache_key"]
         return repr(self) + repr([(name, getattr(self, name)) for name in names])
+
+
+class Sums(NamedTuple):
+    """What the kernel that prepares the backward has compiled in."""
+
+    dtype: str
+    head_dim: int
+    rows: int
 
 
 def code_width(kv_box: tuple[int, ...]) -> tuple[int, bool]:
@@ -194,7 +221,7 @@ def why_not_tiling(tiling: Tiling, head_dim: int) -> tuple[str, ...]:
     rows, keys = prod(tiling.q_tile), slots(prod(tiling.kv_tile))
     powers = all(n & (n - 1) == 0 for n in tiling.kv_tile)
     odd = rows == ROWS and is_odd_box(tiling.kv_tile)
-    fits = _split(tiling.q_tile) is not None
+    fits = split(tiling.q_tile) is not None
     facts = (
         (tiling.kv_origin == "free", 'kv_origin must be "free"'),
         (rows in (64, 128, 192), f"a query tile must hold 64, 128 or 192 queries, got {rows}"),
@@ -206,7 +233,7 @@ def why_not_tiling(tiling: Tiling, head_dim: int) -> tuple[str, ...]:
     return tuple(reason for holds, reason in facts if not holds)
 
 
-def _split(q_tile: tuple[int, ...]) -> tuple[tuple[int, int, int], int, int] | None:
+def split(q_tile: tuple[int, ...]) -> tuple[tuple[int, int, int], int, int] | None:
     """`q_tile` as a box of 64 queries, the axis that boxes are stacked on, and their number."""
     tile = three(q_tile)
     consumers = prod(tile) // ROWS
@@ -229,9 +256,9 @@ def variant_of(plan: Plan) -> Variant:
     reasons = why_not_tiling(tiling, problem.head_dim)
     if reasons:
         raise Unsupported(f"hopper cannot use this tiling ({tiling}): {'; '.join(reasons)}")
-    split = _split(tiling.q_tile)
-    assert split is not None  # why_not_tiling has just looked
-    box, stack, consumers = split
+    parts = split(tiling.q_tile)
+    assert parts is not None  # why_not_tiling has just looked
+    box, stack, consumers = parts
     kv_box = three(tiling.kv_tile)
     mask = (
         "none"

@@ -1,0 +1,181 @@
+"""The Hopper backend's gradients on a card: those of the definition, in every way that PyTorch asks for them.
+
+`VICINAL_FUZZ=2000 pytest tests/hopper/test_gradients_on_card.py` runs that many random problems; few by default.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import Case, check_gradients, draw
+from torch.utils.checkpoint import checkpoint
+
+from vicinal import neighborhood_attention
+from vicinal.backends import hopper
+from vicinal.backends.base import Gradients, Inputs
+from vicinal.backends.hopper.cost import ranked_tilings
+from vicinal.backends.hopper.cost_backward import HEAD_DIMS
+from vicinal.errors import Unsupported
+from vicinal.functional import attention_with_lse
+from vicinal.plan import make_plan
+from vicinal.problem import Problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="needs a Hopper GPU (sm_90)",
+    ),
+]
+
+PROBLEM = Problem.grid((5, 14, 22), (3, 5, 7), heads=2, head_dim=64)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def leaves(problem: Problem, count: int = 3) -> list[torch.Tensor]:
+    shape = problem.batch, *problem.shape, problem.heads, problem.head_dim
+    return [noise(*shape).requires_grad_() for _ in range(count)]
+
+
+def drawn(seed: int) -> Case:
+    """`draw`, but of head dims that have gradients."""
+    case = draw(seed)
+    while case.problem.head_dim not in HEAD_DIMS:
+        seed += 100_000
+        case = draw(seed)
+    return case
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("VICINAL_FUZZ", "40"))))
+def test_random_problem(seed: int) -> None:
+    check_gradients(drawn(seed), hopper.backend, has_grad_lse=seed % 3 > 0)
+
+
+def solve(tensors: list[torch.Tensor], **more: object) -> torch.Tensor:
+    return neighborhood_attention(*tensors, PROBLEM.kernel_size, backend="hopper", **more)  # type: ignore[arg-type]
+
+
+def gradients(tensors: list[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(solve(tensors), tensors, grad)
+
+
+def assert_equal(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_200_runs_are_bitwise_equal() -> None:
+    tensors, grad = leaves(PROBLEM), noise(*leaves(PROBLEM, 1)[0].shape)
+    first = gradients(tensors, grad)
+    for _ in range(200):
+        assert_equal(gradients(tensors, grad), first)
+
+
+def test_deterministic_mode_is_kept() -> None:
+    tensors, grad = leaves(PROBLEM), noise(*leaves(PROBLEM, 1)[0].shape)
+    first = gradients(tensors, grad)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_equal(gradients(tensors, grad), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_compiled_checkpointed_and_retained() -> None:
+    tensors, grad = leaves(PROBLEM), noise(*leaves(PROBLEM, 1)[0].shape)
+    plain = gradients(tensors, grad)
+    compiled = torch.compile(solve, fullgraph=True)(tensors)
+    assert_equal(torch.autograd.grad(compiled, tensors, grad), plain)
+    again = checkpoint(lambda *leaf: solve(list(leaf)), *tensors, use_reentrant=False)
+    assert_equal(torch.autograd.grad(again, tensors, grad), plain)
+    out = solve(tensors)
+    first = torch.autograd.grad(out, tensors, grad, retain_graph=True)
+    assert_equal(first, plain)
+    assert_equal(torch.autograd.grad(out, tensors, grad), plain)
+
+
+def test_an_output_used_twice_adds_up() -> None:
+    tensors, grad = leaves(PROBLEM), noise(*leaves(PROBLEM, 1)[0].shape)
+    once = gradients(tensors, 2 * grad)
+    out = solve(tensors)
+    assert_equal(torch.autograd.grad([out, out], tensors, [grad, grad]), once)  # doubling is exact
+
+
+def test_mixed_precision() -> None:
+    layer = torch.nn.Linear(128, 3 * 128, device="cuda")
+    x = torch.randn(2, *PROBLEM.shape, 128, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        query, key, value = layer(x).unflatten(-1, (3, 2, 64)).unbind(-3)
+        out = neighborhood_attention(query, key, value, PROBLEM.kernel_size, backend="hopper")
+        assert out.dtype == torch.bfloat16
+        out.float().square().mean().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.abs().max() > 0
+
+
+def test_replays_in_a_graph() -> None:
+    inputs = Inputs(*(leaf.detach() for leaf in leaves(PROBLEM)))
+    plan = make_plan(PROBLEM, ranked_tilings(PROBLEM)[0])
+    grad = noise(*inputs.query.shape)
+
+    def both() -> Gradients:
+        output = hopper.backend.forward(plan, inputs)
+        return hopper.backend.backward(plan, inputs, output, grad, None)
+
+    both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    for _ in range(3):
+        inputs.query.copy_(noise(*inputs.query.shape))
+        grad.copy_(noise(*grad.shape))
+        for tensor in captured[:3]:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        assert_equal(captured[:3], both()[:3])
+
+
+def test_a_second_derivative_is_refused_in_words() -> None:
+    tensors = leaves(PROBLEM)
+    grads = torch.autograd.grad(solve(tensors).float().square().sum(), tensors, create_graph=True)
+    with pytest.raises(Unsupported, match="second derivative"):
+        grads[0].float().sum().backward()
+
+
+def test_keeps_no_more_than_outputs_and_their_sums() -> None:
+    """A backward pass allocates the gradients, and two float32 numbers per query and head."""
+    problem = replace(PROBLEM, batch=8, heads=4, heads_kv=4)
+    inputs = Inputs(*(leaf.detach() for leaf in leaves(problem)))
+    plan = make_plan(problem, ranked_tilings(problem)[0])
+    output = hopper.backend.forward(plan, inputs)
+    grad = noise(*inputs.query.shape)
+    hopper.backend.backward(plan, inputs, output, grad, None)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = hopper.backend.backward(plan, inputs, output, grad, None)
+    grown = torch.cuda.max_memory_allocated() - before
+    wanted = sum(tensor.nbytes for tensor in found[:3]) + 2 * output.lse.nbytes
+    assert grown <= wanted + 8 * 512  # the allocator's rounding
+
+
+def test_grouped_heads_sum_over_their_queries() -> None:
+    problem = replace(PROBLEM, heads=6, heads_kv=2)
+    shape = (2, *problem.shape)
+    query = noise(*shape, 6, 64).requires_grad_()
+    key, value = (noise(*shape, 2, 64).requires_grad_() for _ in range(2))
+    grad = noise(*query.shape)
+    out, _ = attention_with_lse(query, key, value, problem.kernel_size, backend="hopper")
+    grouped = torch.autograd.grad(out, (query, key, value), grad)
+    wide = [tensor.detach().repeat_interleave(3, -2).requires_grad_() for tensor in (key, value)]
+    out, _ = attention_with_lse(query, *wide, problem.kernel_size, backend="hopper")
+    repeated = torch.autograd.grad(out, (query, *wide), grad)
+    assert torch.equal(grouped[0], repeated[0])
+    for ours, theirs in zip(grouped[1:], repeated[1:], strict=True):
+        summed = theirs.float().unflatten(-2, (2, 3)).sum(-2)
+        torch.testing.assert_close(ours.float(), summed, rtol=2e-2, atol=2e-2)
