@@ -145,7 +145,9 @@ def test_threads_are_given_back():
 def test_unknown_names_are_refused():
     with pytest.raises(InvalidProblem, match=r"backends must be among .*dense.*, got fast"):
         run((SPEC,), only=("fast", "blocked"))
-    with pytest.raises(InvalidProblem, match="suite must be one of smoke, cpu, h100-forward, h100-backward, h100-portable, got 'gpu'"):
+    with pytest.raises(
+        InvalidProblem, match="suite must be one of smoke, cpu, h100-forward, h100-backward, h100-portable, got 'gpu'"
+    ):
         suite("gpu")
     with pytest.raises(InvalidProblem, match=r"no contender runs tiny .* natten: .*CUDA devices only"):
         run((SPEC,), only=("natten",))

@@ -92,7 +92,9 @@ def doctor(as_json: Json = False) -> None:
 
 
 def bench(
-    suite: Annotated[str, typer.Option(help="Which problems: smoke (seconds), cpu, h100-forward, h100-backward (minutes).")] = "smoke",
+    suite: Annotated[
+        str, typer.Option(help="Which problems: smoke (seconds), cpu, h100-forward, h100-backward (minutes).")
+    ] = "smoke",
     backend: Annotated[
         list[str] | None, typer.Option("--backend", "-b", help="Only this backend or peer; may be repeated.")
     ] = None,
