@@ -68,7 +68,7 @@ def test_random_problem_with_several_heads_to_a_block(seed: int, monkeypatch: py
 AXES = [
     Axis(23, 5), Axis(23, 6, stride=4), Axis(23, 23), Axis(23, 5, dilation=4), Axis(24, 5, stride=5, dilation=4),
     Axis(23, 5, is_causal=True), Axis(23, 7, stride=3, dilation=3, is_causal=True), Axis(1, 1),
-    Axis(23, 1, dilation=23),
+    Axis(23, 1, dilation=23), Axis(47, 7, stride=4, is_causal=True), Axis(53, 6, stride=5, dilation=2, is_causal=True),
 ]  # fmt: skip
 
 

@@ -62,13 +62,11 @@ def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor
     if out.data_ptr() % ALIGNMENT:
         out = out.clone()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    by_head = torch.empty((2, problem.batch, problem.heads, problem.tokens), dtype=torch.float32, device=device)
-    sums = [part.data_ptr() for part in by_head]
+    by_head, sums = two((problem.batch, problem.heads, problem.tokens), device)
     grads = [new(tensor.shape, tensor.dtype, device, passes.copy_room) for tensor in (query, inputs.key, inputs.value)]
-    partial = torch.empty(passes.partial_shape, dtype=torch.float32, device=device)
-    partials = [part.data_ptr() for part in partial]
+    partial, partials = two(passes.partial_shape, device) if problem.additional else (by_head, sums)
     stream = torch._C._cuda_getCurrentRawStream(at)
-    pointers = [out.data_ptr(), addresses[1], lse.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(), *sums]
+    pointers = (out.data_ptr(), addresses[1], lse.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(), *sums)
     to_grads = [grad.data_ptr() for grad in grads]
     lengths_at = 0 if lengths is None else lengths.data_ptr()
     on_device(passes.start, at, addresses, to_grads, pointers, sums, partials, lengths_at, stream)
@@ -78,6 +76,13 @@ def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor
     if lengths is not None:
         more_grads = [zero_from(grad, lengths) for grad in more_grads]
     return Gradients(*grads, *more_grads)
+
+
+def two(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, int]]:
+    """Two float32 tensors of a shape in one, and their addresses."""
+    both = torch.empty((2, *shape), dtype=torch.float32, device=device)
+    start = both.data_ptr()
+    return both, (start, start + 4 * prod(shape))
 
 
 @lru_cache(maxsize=1024)
@@ -107,12 +112,12 @@ class Passes:
         self._keys = keys_call(problem, inputs, grads[1:], device)
         self._queries = queries_call(problem, inputs, grads[0], device)
         self._additional = None
-        self.partial_shape: tuple[int, ...] = (2, 0)
+        self.partial_shape: tuple[int, ...] = ()
         if problem.additional:
             plain = tuple(Axis(axis.length, axis.length) for axis in axes)
             undilated = [geometry(layout, plain) for layout in layouts[:2]] + inputs[4:]
             self._additional, chunks = additional_call(problem, undilated, plain, device)
-            self.partial_shape = 2, chunks, problem.batch, problem.additional, problem.heads_kv, problem.head_dim
+            self.partial_shape = chunks, problem.batch, problem.additional, problem.heads_kv, problem.head_dim
 
     def start(
         self, inputs: Sequence[int], grads: Sequence[int], pointers: Sequence[int], sums: Sequence[int],

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vicinal.backends.hopper.mask import mask_of, place_code
 from vicinal.backends.hopper.softmax import as_operand, hide, output_layout, scores_layout, start_scores
-from vicinal.backends.hopper.tile import Span, Tile, column, next_box, next_slot, store_box, tile_of
+from vicinal.backends.hopper.tile import Span, Tile, column, next_box, next_slot, read_again, store_box, tile_of
 from vicinal.backends.hopper.tile import load_keys as load_columns
 from vicinal.backends.hopper.tile import load_queries as load_rows
 from vicinal.backends.hopper.tile import query_place as rows_place
@@ -129,7 +129,7 @@ def accumulate(number: gl.constexpr, block, axes, scale, V: gl.constexpr):
     per_query: gl.constexpr = gl.SliceLayout(0, layout)
     tile = block.tile
     walk = block.walk
-    mask = mask_of(tile, axes, layout, V, number)
+    mask = mask_of(tile, read_again(axes), layout, V, number) if V.mask != "none" else 0
     k = block.key.index(number).reshape([64, V.head_dim])
     v = block.value.index(number).reshape([64, V.head_dim])
     dk = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))

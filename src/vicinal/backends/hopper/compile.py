@@ -89,7 +89,7 @@ def source_of(variant: Variant) -> Any:
 
 @lru_cache(maxsize=256)
 def compiled(variant: Variant | Sums) -> Any:
-    """The kernel of `variant`, compiled for sm_90a with the tightest register cap under which it does not spill.
+    """The kernel of `variant`, compiled for sm_90a with the tightest register cap under which it does not spill more than it may.
 
     Needs no GPU. Triton keeps the result on disk.
     """
@@ -99,7 +99,7 @@ def compiled(variant: Variant | Sums) -> Any:
     for cap in variant.register_caps:
         options = {"num_warps": 4, "maxnreg": cap} if cap else {"num_warps": 4}
         kernel = triton.compile(source, target=HOPPER, options=options)
-        if stack_bytes(kernel.asm["cubin"]) == 0:
+        if stack_bytes(kernel.asm["cubin"]) <= variant.spare_stack:
             break
     return kernel
 

@@ -146,6 +146,11 @@ class Variant:
         return (80, 96, 128, 0) if self.head_dim == 32 else (96, 128, 0)
 
     @property
+    def spare_stack(self) -> int:
+        """Bytes per thread that a kernel may spill so that one more block fits."""
+        return 0 if self.kernel == "forward" else 32
+
+    @property
     def code_width(self) -> int:
         """Columns of the mask's code; a matrix instruction takes 16."""
         return code_width(self.kv_box[-self.rank :])[0]
