@@ -89,7 +89,7 @@ def source_of(variant: Variant) -> Any:
 
 @lru_cache(maxsize=256)
 def compiled(variant: Variant | Sums) -> Any:
-    """The kernel of `variant`, compiled for sm_90a with the tightest register cap under which it does not spill more than it may.
+    """The kernel of `variant`, compiled for sm_90a with the tightest register cap that `spare_stack` allows.
 
     Needs no GPU. Triton keeps the result on disk.
     """
