@@ -23,7 +23,7 @@ def variants() -> list[Variant]:
     found: list[Variant] = []
     for kernel, head_dim, consumers, columns in RATES:
         common = ("bfloat16", head_dim, 3, Q_BOX[consumers], 0, consumers, KV_BOX[columns], 2)
-        found += [Variant(*common, mask, kernel=kernel) for mask in ("none", "coded")]
+        found.append(Variant(*common, "coded", kernel=kernel))
         line = ("float16", head_dim, 1, (1, 1, 64), 2, consumers, (1, 1, columns), 2)
         found.append(Variant(*line, "select", is_causal=True, has_additional=kernel == "queries", kernel=kernel))
     found += [additional_variant(Problem.grid((64, 64), 8, head_dim=n, additional=9)) for n in HEAD_DIMS]

@@ -60,7 +60,7 @@ def test_keys_cost_what_their_query_heads_do() -> None:
     problem = replace(problem_of((160, 144), 7, 64), batch=8)
     wide = replace(problem, heads_kv=4)
     grouped, plain = (ranked_cuts("keys", p)[0].milliseconds for p in (problem, wide))
-    assert 0.8 * plain < grouped < plain
+    assert plain / 2 < grouped < plain
 
 
 def test_additional_keys_are_walked_over_the_whole_grid() -> None:

@@ -1,0 +1,116 @@
+"""What the kernels visit and hide, on any machine: each pair inside a window once, and no other.
+
+The device code of spans and masks runs as Python here, see `device_as_python`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+from device_as_python import PROGRAM, load, values
+
+from vicinal.backends.hopper.cost import ranked_tilings
+from vicinal.backends.hopper.cost_backward import HEAD_DIMS, ranked_cuts
+from vicinal.backends.hopper.launch import axis_args, tiles_of
+from vicinal.backends.hopper.variant import AxisArgs, Variant, three_axes, variant_of
+from vicinal.plan import make_plan
+from vicinal.problem import Axis, Problem
+
+tile_module, mask_module = load("tile", "mask")
+
+
+def draw(rng: random.Random) -> Problem:
+    rank = rng.choice((1, 2, 2, 3))
+    longest = {1: 300, 2: 24, 3: 11}[rank]
+    axes: list[Axis] = []
+    for _ in range(rank):
+        length = rng.randint(1, longest)
+        dilation = rng.choice((1, 1, rng.randint(1, length)))
+        kernel = rng.choice((rng.randint(1, length // dilation), length // dilation))
+        stride = rng.choice((1, rng.randint(1, kernel)))
+        axes.append(Axis(length, kernel, stride, dilation, rng.random() < 0.25))
+    return Problem(tuple(axes), head_dim=rng.choice(HEAD_DIMS), heads=2)
+
+
+def variants(problem: Problem, kernel: str, rng: random.Random) -> Iterator[Variant]:
+    """The best cut of a pass, and one that nobody would choose."""
+    if kernel == "forward":
+        tilings = ranked_tilings(problem, 10_000)
+        for tiling in (tilings[0], rng.choice(tilings)):
+            yield variant_of(make_plan(problem, tiling))
+    else:
+        cuts = ranked_cuts(kernel, problem, 10_000)
+        for cut in (cuts[0], rng.choice(cuts)):
+            yield cut.variant
+
+
+def tokens(axes: tuple[Axis, ...], spans: Any, members: tuple[Any, ...]) -> tuple[np.ndarray[Any, Any], Any]:
+    """Numbers of the tokens at these members of a tile's groups, and whether there are such tokens."""
+    number, exists = 0, True
+    for axis, span, member in zip(axes, spans, members, strict=True):
+        number = number * axis.length + span.group + member * axis.dilation
+        exists = exists & (member < span.members)
+    return np.asarray(number), np.asarray(exists)
+
+
+def walked(problem: Problem, variant: Variant, slab: int) -> np.ndarray[Any, Any]:
+    """How often each pair of a row and a column is seen, `[tokens, tokens]`."""
+    axes = three_axes(problem.axes)
+    tiles, blocks = tiles_of(axes, variant)
+    args = [AxisArgs(*map(values, axis_args(axis, count))) for axis, count in zip(axes, tiles, strict=True)]
+    count = np.zeros((problem.tokens, problem.tokens), np.int32)
+    for block in range(blocks):
+        PROGRAM[0] = block
+        tile = tile_module.tile_of(args, slab, 1, variant)
+        spans = tile.t, tile.h, tile.w
+        for number in range(variant.consumers):
+            places = tile_module.row_places(values(np.arange(64)), variant, number)
+            row, row_exists = tokens(axes, spans, [s.first + p for s, p in zip(spans, places, strict=True)])
+            mask = mask_module.mask_of(tile, args, None, variant, number)
+            for box in product(*(range(int(span.visited)) for span in spans)):
+                places = np.unravel_index(np.arange(prod(variant.kv_box)), variant.kv_box)
+                members = [s.origin + b * n + p for s, b, n, p in zip(spans, box, variant.kv_box, places, strict=True)]
+                column, column_exists = tokens(axes, spans, members)
+                seen = seen_by(mask, args, variant, box)[:, : len(column)] & row_exists[:, None]
+                assert not (seen & ~column_exists).any(), "a column that does not exist is seen"
+                r, c = np.nonzero(seen)
+                np.add.at(count, (row[r], column[c]), 1)
+    return count
+
+
+def seen_by(mask: Any, args: Any, variant: Variant, box: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Which columns of a box each row of a warpgroup sees, `[64, columns]`."""
+    if variant.mask == "coded":
+        codes = mask_module.penalties(mask, *box, None, variant)
+        places = mask_module.place_code(variant, 4).content
+        hidden = np.asarray(codes, np.float64) @ np.asarray(places, np.float64).T
+        assert ((hidden == 0) | (hidden <= -(2.0**100))).all(), "what is added to a score is neither 0 nor huge"
+        return np.broadcast_to(hidden == 0, (64, variant.keys))
+    scores = values(np.zeros((64, variant.keys)))
+    if variant.mask == "select":
+        scores = mask_module.select(scores, mask, *box, None, variant)
+    return np.asarray(scores) == 0
+
+
+@pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
+def test_each_pair_is_seen_once(kernel: str, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(12):
+        problem = draw(rng)
+        pairs = np.ones((1, 1), np.int32)
+        for axis in problem.axes:
+            seen = np.zeros((axis.length, axis.length), np.int32)
+            for query in range(axis.length):
+                seen[query, axis.window(query)] = 1
+            pairs = np.kron(pairs, seen)
+        for variant in variants(problem, kernel, rng):
+            count = walked(problem, variant, rng.choice((1, 2, 50)))
+            wanted = pairs.T if variant.is_inverse else pairs
+            wrong = np.argwhere(count != wanted)
+            assert not len(wrong), f"{len(wrong)} pairs are wrong, the first at {wrong[0]}: {problem!r}, {variant}"
