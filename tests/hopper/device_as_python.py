@@ -54,7 +54,8 @@ LANGUAGE = SimpleNamespace(
     allocate_shared_memory=lambda *_: Memory(),
     barrier=True,
     int32=np.int32, int64=np.int64, uint32=np.uint32, bfloat16=np.float32,
-    DotOperandLayout=lambda *_: None, SliceLayout=lambda *_: None, BlockedLayout=lambda *_: None, NVMMASharedLayout=lambda **_: None,
+    DotOperandLayout=lambda *_: None, SliceLayout=lambda *_: None, BlockedLayout=lambda *_: None,
+    NVMMASharedLayout=lambda **_: None,
 )  # fmt: skip
 
 

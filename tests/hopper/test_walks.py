@@ -98,19 +98,34 @@ def seen_by(mask: Any, args: Any, variant: Variant, box: tuple[int, ...]) -> np.
     return np.asarray(scores) == 0
 
 
-@pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
+KERNELS = ("forward", "queries", "keys")
+
+
+def check(problem: Problem, variant: Variant, slab: int) -> None:
+    pairs = np.ones((1, 1), np.int32)
+    for axis in problem.axes:
+        seen = np.zeros((axis.length, axis.length), np.int32)
+        for query in range(axis.length):
+            seen[query, axis.window(query)] = 1
+        pairs = np.kron(pairs, seen)
+    wrong = np.argwhere(walked(problem, variant, slab) != (pairs.T if variant.is_inverse else pairs))
+    assert not len(wrong), f"{len(wrong)} pairs are wrong, the first at {wrong[0]}: {problem!r}, {variant}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_each_pair_is_seen_once(kernel: str, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(12):
         problem = draw(rng)
-        pairs = np.ones((1, 1), np.int32)
-        for axis in problem.axes:
-            seen = np.zeros((axis.length, axis.length), np.int32)
-            for query in range(axis.length):
-                seen[query, axis.window(query)] = 1
-            pairs = np.kron(pairs, seen)
         for variant in variants(problem, kernel, rng):
-            count = walked(problem, variant, rng.choice((1, 2, 50)))
-            wanted = pairs.T if variant.is_inverse else pairs
-            wrong = np.argwhere(count != wanted)
-            assert not len(wrong), f"{len(wrong)} pairs are wrong, the first at {wrong[0]}: {problem!r}, {variant}"
+            check(problem, variant, rng.choice((1, 2, 50)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [63, 64, 65, 127, 128, 129, 193])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_boxes_that_windows_just_fill(kernel: str, window: int, is_causal: bool) -> None:
+    """A box passes without a mask if every row sees all of it, and not if one column is missing."""
+    problem = Problem.grid((420,), window, is_causal=is_causal, heads=1, head_dim=128)
+    for variant in dict.fromkeys(variants(problem, kernel, random.Random(window))):
+        check(problem, variant, 1)
