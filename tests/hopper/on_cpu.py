@@ -30,6 +30,14 @@ class Array(np.ndarray):
 
     type = types.SimpleNamespace(layout=None)
 
+    def __floordiv__(self, other: Any) -> Array:
+        """Integers are cut towards zero, as the device cuts them, where NumPy rounds down."""
+        quotient = np.trunc(np.true_divide(np.asarray(self), np.asarray(other)))
+        return array(quotient.astype(np.result_type(self, other)))
+
+    def __mod__(self, other: Any) -> Array:
+        return array(np.asarray(self) - np.asarray(other) * np.asarray(self // other))
+
     def to(self, dtype: Any, bitcast: bool = False) -> Array:
         return self.view(dtype) if bitcast else self.astype(dtype).view(Array)
 
@@ -219,6 +227,11 @@ def _specialize(parts: list[tuple[Any, tuple[Any, ...]]], warps: Any, registers:
 
 
 _block = threading.local()
+
+
+def be_block(*ids: int) -> None:
+    """From now on this thread runs the block with these numbers on the three axes of the launch."""
+    _block.ids = ids
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -1,6 +1,7 @@
 """What the kernels visit and hide, on any machine: each pair inside a window once, and no other.
 
-The device code of spans and masks runs as Python here, see `device_as_python`.
+The kernels' own source of spans and masks is run by NumPy, as in `test_masks`, for whole problems and for the queries
+that see a key, too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_as_python import PROGRAM, load, values
+
+pytest.importorskip("triton", reason="the kernels' source needs triton, which is not installed")
+
+from on_cpu import array, be_block, device
 
 from vicinal.backends.hopper.cost import ranked_tilings
 from vicinal.backends.hopper.cost_backward import HEAD_DIMS, ranked_cuts
@@ -22,7 +26,7 @@ from vicinal.backends.hopper.variant import AxisArgs, Variant, three_axes, varia
 from vicinal.plan import make_plan
 from vicinal.problem import Axis, Problem
 
-tile_module, mask_module = load("tile", "mask")
+DEVICE = device()
 
 
 def draw(rng: random.Random) -> Problem:
@@ -50,6 +54,10 @@ def variants(problem: Problem, kernel: str, rng: random.Random) -> Iterator[Vari
             yield cut.variant
 
 
+def number_of(x: Any) -> int:
+    return int(np.asarray(x).item())
+
+
 def tokens(axes: tuple[Axis, ...], spans: Any, members: tuple[Any, ...]) -> tuple[np.ndarray[Any, Any], Any]:
     """Numbers of the tokens at these members of a tile's groups, and whether there are such tokens."""
     number, exists = 0, True
@@ -63,17 +71,19 @@ def walked(problem: Problem, variant: Variant, slab: int) -> np.ndarray[Any, Any
     """How often each pair of a row and a column is seen, `[tokens, tokens]`."""
     axes = three_axes(problem.axes)
     tiles, blocks = tiles_of(axes, variant)
-    args = [AxisArgs(*map(values, axis_args(axis, count))) for axis, count in zip(axes, tiles, strict=True)]
+    args = [AxisArgs(*map(array, axis_args(axis, count))) for axis, count in zip(axes, tiles, strict=True)]
     count = np.zeros((problem.tokens, problem.tokens), np.int32)
     for block in range(blocks):
-        PROGRAM[0] = block
-        tile = tile_module.tile_of(args, slab, 1, variant)
-        spans = tile.t, tile.h, tile.w
+        be_block(block, 0, 0)
+        tile = DEVICE.tile_of(args, slab, 1, variant)
+        spans = [type(span)(*map(number_of, span)) for span in tile[2:]]
         for number in range(variant.consumers):
-            places = tile_module.row_places(values(np.arange(64)), variant, number)
-            row, row_exists = tokens(axes, spans, [s.first + p for s, p in zip(spans, places, strict=True)])
-            mask = mask_module.mask_of(tile, args, None, variant, number)
-            for box in product(*(range(int(span.visited)) for span in spans)):
+            places = DEVICE.row_places(array(np.arange(64)), variant, number)
+            row, row_exists = tokens(
+                axes, spans, [s.first + p for s, p in zip(spans, map(np.ravel, places), strict=True)]
+            )
+            mask = DEVICE.mask_of(tile, args, None, variant, number)
+            for box in product(*(range(span.visited) for span in spans)):
                 places = np.unravel_index(np.arange(prod(variant.kv_box)), variant.kv_box)
                 members = [s.origin + b * n + p for s, b, n, p in zip(spans, box, variant.kv_box, places, strict=True)]
                 column, column_exists = tokens(axes, spans, members)
@@ -86,15 +96,16 @@ def walked(problem: Problem, variant: Variant, slab: int) -> np.ndarray[Any, Any
 
 def seen_by(mask: Any, args: Any, variant: Variant, box: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Which columns of a box each row of a warpgroup sees, `[64, columns]`."""
+    box = tuple(map(array, box))
     if variant.mask == "coded":
-        codes = mask_module.penalties(mask, *box, None, variant)
-        places = mask_module.place_code(variant, 4).content
+        codes = DEVICE.penalties(mask, *box, None, variant)
+        places = DEVICE.place_code(variant, 4).value
         hidden = np.asarray(codes, np.float64) @ np.asarray(places, np.float64).T
         assert ((hidden == 0) | (hidden <= -(2.0**100))).all(), "what is added to a score is neither 0 nor huge"
         return np.broadcast_to(hidden == 0, (64, variant.keys))
-    scores = values(np.zeros((64, variant.keys)))
+    scores = array(np.zeros((64, variant.keys)))
     if variant.mask == "select":
-        scores = mask_module.select(scores, mask, *box, None, variant)
+        scores = DEVICE.select(scores, mask, *box, None, variant)
     return np.asarray(scores) == 0
 
 
