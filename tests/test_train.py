@@ -487,7 +487,7 @@ def test_the_command_trains_draws_and_goes_on(tmp_path: Path, monkeypatch: pytes
     )
     monkeypatch.setitem(TASKS, "video", choice)
     arguments = ["vicinal", "train", "video", "--model", "convolutions", "--data", str(tmp_path / "clip.npy"), "--cpu"]
-    arguments += ["--epochs", "3", "--batch", "2", "--out", str(tmp_path / "run"), "--json"]
+    arguments += ["--epochs", "1", "--batch", "2", "--out", str(tmp_path / "run"), "--json"]
     facts: list[Any] = []
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", arguments)
@@ -496,7 +496,8 @@ def test_the_command_trains_draws_and_goes_on(tmp_path: Path, monkeypatch: pytes
         assert stopped.value.code == 0
         facts.append(json.loads(capsys.readouterr().out))
     assert facts[0] == facts[1] == json.loads((tmp_path / "run" / "run.json").read_text())
-    assert facts[0]["last"]["epoch"] == 3 and facts[0]["recipe"]["batch"] == 2
+    assert facts[0]["last"]["epoch"] == 1 and facts[0]["recipe"]["batch"] == 2
+    assert facts[0]["recipe"]["warmup"] == 0.5  # of two epochs by default, which are not there
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {"history.csv", "last.pt", "run.json", "curves.png", "result.png"}
 

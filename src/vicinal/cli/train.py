@@ -41,7 +41,10 @@ def train(
     if model not in choice.models:
         raise InvalidProblem(f"model must be one of {', '.join(choice.models)}, got {model!r}")
     given = {"epochs": epochs, "batch": batch, "rate": rate, "precision": precision, "seed": seed}
-    recipe = replace(choice.recipe, **{name: value for name, value in given.items() if value is not None})
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if epochs is not None:
+        changes["warmup"] = min(choice.recipe.warmup, epochs / 2)
+    recipe = replace(choice.recipe, **changes)
     folder = out or Path(f"{task}-{model}")
     if folder.exists() and not folder.is_dir():
         raise InvalidProblem(f"out must be a folder, got the file {str(folder)!r}")
