@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Generator
 from dataclasses import replace
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from problems import draw
 
 from vicinal.backends import hopper
+from vicinal.backends.base import Inputs, Output
+from vicinal.backends.hopper import backward, launch, memory
 from vicinal.backends.hopper.backward import contiguous
 from vicinal.backends.hopper.cost_backward import HEAD_DIMS, RATES, additional_variant, ranked_cuts
-from vicinal.backends.hopper.launch import Layout
-from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, Variant
+from vicinal.backends.hopper.launch import Function, Layout
+from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, Sums, Variant
 from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 
@@ -108,3 +118,146 @@ def test_random_problems_meet_everything() -> None:
         **{f"{n} warpgroups": any(v.consumers == n for v in variants) for n in (1, 2)},
     }
     assert [name for name, is_met in features.items() if not is_met] == []
+
+
+class Driver:
+    """Takes what the CUDA driver is given: each launch as its grid, pointers, integers and floats."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[int, ...], list[int], list[int], list[float]]] = []
+        self.kinds: list[tuple[int, int, int, int]] = []
+
+    def cuTensorMapEncodeTiled(self, *_: object) -> int:
+        return 0
+
+    cuTensorMapReplaceAddress = cuTensorMapEncodeTiled  # noqa: N815
+
+    def cuLaunchKernel(self, kind: int, *rest: Any) -> int:
+        maps, pointers, integers, floats = self.kinds[kind]
+        places = list(rest[8])[11 * maps :]
+
+        def read(count: int, number: Any) -> list[Any]:
+            return [number.from_address(places.pop(0)).value for _ in range(count)]
+
+        found = read(pointers, ctypes.c_uint64), read(integers, ctypes.c_int32), read(floats, ctypes.c_float)
+        assert len(places) == 2  # scratch memory
+        self.launches.append((rest[:3], *found))
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Generator[Driver, None, None]:
+    """A card that does nothing: everything up to the driver is as it is."""
+    fake = Driver()
+    counts = {"keys": (6, 2, 18 + 24 + 3, 2), "queries": (7, 3, 18 + 28 + 4, 2), "additional": (4, 4, 18 + 16 + 4, 2)}
+
+    def function(variant: Variant | Sums, device: int) -> Function:
+        fake.kinds.append((0, 6, 9, 0) if isinstance(variant, Sums) else counts[variant.kernel])
+        return Function(len(fake.kinds) - 1, 128, 0)
+
+    monkeypatch.setattr(launch, "_driver", lambda: fake)
+    monkeypatch.setattr(backward, "function", function)
+    for module in (memory, backward):
+        monkeypatch.setattr(module, "on_device", lambda run, _, *args: run(*args))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    backward.forget()
+    yield fake
+    backward.forget()
+
+
+def test_what_the_kernels_are_told(driver: Driver) -> None:
+    shape, scale = (5, 6, 7), -0.25
+    problem = Problem.grid(
+        shape, 3, dilation=(1, 2, 1), heads=6, heads_kv=2, head_dim=64, batch=2, additional=70, scale=scale
+    )  # fmt: skip
+    fused = torch.zeros(2, *shape, 6 + 2 + 2, 64, dtype=torch.bfloat16)
+    query, key, value = fused.split((6, 2, 2), -2)
+    more = [torch.zeros(2, 70, 2, 64, dtype=torch.bfloat16) for _ in range(2)]
+    lengths = torch.tensor([70, 0])
+    out, grad_out = torch.zeros(2, 2, *shape, 6, 64, dtype=torch.bfloat16)
+    lse = torch.zeros(2, *shape, 6)
+    inputs = Inputs(query, key, value, *more, lengths)
+    found = backward.gradients(problem, inputs, Output(out, lse), grad_out.expand_as(out), None)
+    for given, gradient in zip(inputs[:5], found[:5], strict=True):
+        assert given is not None
+        assert gradient is not None
+        assert gradient.shape == given.shape
+        assert gradient.is_contiguous()
+        assert gradient.dtype == given.dtype
+    sums, keys, queries, additional = driver.launches
+    token, row = 10 * 64, 7 * 10 * 64  # steps of the fused tensor
+    own = 6 * 64  # and of one with six heads
+    assert sums[0] == (-(-5 * 6 * 7 // 64), 6, 2)
+    assert sums[1][0] == out.data_ptr()
+    assert sums[1][2:4] == [lse.data_ptr(), 0]
+    assert sums[2] == [5, 6, 7, *(n // 8 for n in (64, 42 * own, 7 * own, own)), 6, 210 * own // 8]
+    by_head = sums[1][4:]
+    assert by_head[1] - by_head[0] == 4 * 2 * 6 * 210
+    assert keys[1] == queries[1][:2] == additional[1][2:] == by_head
+    axes = [5, 3, 1, 1, 0], [6, 3, 1, 2, 0], [7, 3, 1, 1, 0]
+    for told in (keys[2], queries[2]):
+        assert [told[6 * i : 6 * i + 5] for i in range(3)] == [*axes]
+    strided, plain, narrow = [64, 6 * row, row, token], [64, 42 * own, 7 * own, own], [64, 42 * 128, 7 * 128, 128]
+    assert keys[2][18:42] == plain * 2 + strided * 2 + narrow * 2  # a negative scale has copied the queries
+    assert keys[2][42:44] == [6, 3]
+    assert keys[0][1:] == (2, 2)
+    assert queries[2][18:38] == plain * 2 + strided * 2 + plain
+    assert queries[2][46:49] == [6, 3, 70]
+    assert queries[0][1:] == (6, 2)
+    base_2 = abs(scale) * launch.LOG2_E
+    assert keys[3] == pytest.approx([base_2, 0.25])  # whose queries have changed sign
+    assert queries[3] == pytest.approx([base_2, -0.25])
+    tiles, chunks, chunk = 1, additional[0][0], additional[2][-1]
+    assert additional[0][1:] == (2, 2)
+    boxes = prod(-(-n // side) for n, side in zip(shape, additional_variant(problem).kv_box, strict=True))
+    assert tiles * chunks * chunk >= boxes > (chunks - 1) * chunk
+    assert additional[2][34:37] == [6, 3, 70]
+    assert additional[1][1] - additional[1][0] == 4 * chunks * 2 * 70 * 2 * 64
+
+
+def test_chunks_of_queries_cover_the_grid(driver: Driver) -> None:
+    """Additional keys of few blocks: the queries are cut into chunks, the last one shorter than the others."""
+    shape = (11, 34, 47)
+    problem = Problem.grid(shape, 3, heads=3, heads_kv=3, head_dim=32, additional=9)
+    tensor, lse = torch.zeros(1, *shape, 3, 32, dtype=torch.bfloat16), torch.zeros(1, *shape, 3)
+    more = torch.zeros(1, 9, 3, 32, dtype=torch.bfloat16)
+    inputs = Inputs(tensor, tensor, tensor, more, more)
+    backward.gradients(problem, inputs, Output(tensor, lse), tensor, lse)
+    grid, pointers, integers, _ = driver.launches[-1]
+    boxes = prod(-(-n // side) for n, side in zip(shape, additional_variant(problem).kv_box, strict=True))
+    chunks, chunk = grid[0], integers[-1]
+    assert chunk > 1
+    assert boxes % chunk
+    assert chunks == -(-boxes // chunk)
+    assert pointers[1] - pointers[0] == 4 * chunks * more.numel()
+
+
+def test_launches_are_found_again(driver: Driver) -> None:
+    problem = Problem.grid((9, 12), 3, heads=2, head_dim=32)
+    tensor, lse = torch.zeros(1, 9, 12, 2, 32, dtype=torch.bfloat16), torch.zeros(1, 9, 12, 2)
+    for count in (3, 3):
+        backward.gradients(problem, Inputs(tensor, tensor, tensor), Output(tensor, lse), tensor, lse)
+        assert len(driver.kinds) == count
+    assert [kind for kind in driver.launches[0][1] if kind == lse.data_ptr()] == [lse.data_ptr()] * 2  # both of them
+    assert len(driver.launches) == 6
+
+
+def test_what_cannot_be_read_in_place_is_copied(driver: Driver) -> None:
+    """A gradient that `sum` sends back has strides of zero; one of odd address cannot be mapped either."""
+    problem = Problem.grid((9, 13), 3, dilation=(1, 4), heads=2, head_dim=32)
+    tensor, lse = torch.zeros(1, 9, 13, 2, 32, dtype=torch.bfloat16), torch.zeros(1, 9, 13, 2)
+    ones = torch.ones((), dtype=torch.bfloat16).expand_as(tensor)
+    found = backward.gradients(problem, Inputs(tensor, tensor, tensor), Output(tensor, lse), ones, lse)
+    for gradient in found[:3]:  # the map of a ragged dilation begins three tokens before its tensor
+        assert gradient.storage_offset() == 3 * 2 * 32
+    assert driver.launches[0][1][1] != ones.data_ptr()
+    assert driver.launches[0][1][1] % 16 == 0
+
+
+def test_sums_are_right_in_the_interpreter() -> None:
+    """Deltas and log-sum-exps by head, of strided gradients, with and without a gradient of the log-sum-exp."""
+    pytest.importorskip("triton", reason="interpreting kernels needs triton, which is not installed")
+    command = [sys.executable, str(Path(__file__).with_name("interpreted_sums.py"))]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "all equal\n"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vicinal.backends import hopper
+from vicinal.backends.hopper import memory
 from vicinal.backends.hopper.cost import candidates, kv_tiles, predicted_ms, ranked_tilings
 from vicinal.backends.hopper.launch import (
     ENOUGH_BOXES,
@@ -154,37 +155,37 @@ def test_refuses_groups_spread_too_far() -> None:
 
 
 class Asked(list[tuple[object, ...]]):
-    """What `prepared` was asked for; every launch is the same empty shell."""
+    """What was asked for; every answer is the same empty shell."""
 
     def __call__(self, *question: object) -> SimpleNamespace:
         self.append(question)
-        return SimpleNamespace(rooms=[0] * 4, needs_room=False)
+        return SimpleNamespace(rooms=[0] * 3, needs_room=False, copy_room=0)
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    found = Asked()
-    monkeypatch.setattr(hopper, "prepared", found)
-    monkeypatch.setattr(hopper, "on_device", lambda run, device, *args: run(*args))
-    monkeypatch.setattr(hopper, "known", {})
-    return found
+    monkeypatch.setattr(memory, "on_device", lambda run, device, *args: run(*args))
+    return Asked()
 
 
 def test_launches_are_found_again(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(PROBLEM, ranked_tilings(PROBLEM)[0])
     shape = 1, *PROBLEM.shape, 2, 64
     tensors = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(3)]
-    first = hopper.prepare(plan, tensors, 0)
-    assert hopper.prepare(plan, [tensor.clone() for tensor in tensors], 0) is first
+    launches = memory.Remembered(asked)
+    first = launches.find(plan, tensors, 0)
+    assert launches.find(plan, [tensor.clone() for tensor in tensors], 0) is first
     assert len(asked) == 1
     sliced = torch.zeros(1, *PROBLEM.shape, 3, 2, 64, dtype=torch.bfloat16)[..., 1, :, :]
     for other in ((plan, tensors, 1), (plan, [*tensors[:2], sliced], 0), (replace(plan), tensors, 0)):
-        assert hopper.prepare(*other) is not first
+        assert launches.find(*other) is not first
     assert len(asked) == 4
     assert asked[2][1] == tuple(tensor.stride() for tensor in (*tensors[:2], sliced))
-    monkeypatch.setattr(hopper, "MOST", 4)
-    hopper.prepare(plan, tensors, 2)
-    assert len(hopper.known) == 1
+    monkeypatch.setattr(memory, "MOST", 4)
+    launches.find(plan, tensors, 2)
+    assert len(asked) == 5
+    launches.find(plan, tensors, 0)  # has been forgotten with all others
+    assert len(asked) == 6
 
 
 def test_unaligned_tensors_are_replaced_by_copies(asked: Asked) -> None:
@@ -193,7 +194,7 @@ def test_unaligned_tensors_are_replaced_by_copies(asked: Asked) -> None:
     good = torch.zeros(shape, dtype=torch.bfloat16)
     unaligned = torch.ones(good.numel() + 1, dtype=torch.bfloat16)[1:].view(shape)
     tensors = [good, unaligned, good]
-    hopper.prepare(plan, tensors, 0)
+    memory.Remembered(asked).find(plan, tensors, 0)
     assert tensors[0] is good and tensors[1] is not unaligned
     assert tensors[1].data_ptr() % 16 == 0 and torch.equal(tensors[1], unaligned)
 
@@ -203,7 +204,7 @@ def test_outputs_are_contiguous(dense: bool) -> None:
     query = torch.zeros(2, 3, 5, 4, 32, dtype=torch.float16)
     query = query if dense else query.movedim(3, 1)
     for room in (0, 64):
-        launch: Any = SimpleNamespace(rooms=[0, 0, 0, room], lse_shape=tuple(query.shape[:-1]))
+        launch: Any = SimpleNamespace(copy_room=room, lse_shape=tuple(query.shape[:-1]))
         out, lse = hopper.outputs_of(query, launch)
         assert out.shape == query.shape and out.dtype == torch.float16 and out.is_contiguous()
         assert 2 * out.storage_offset() == room

@@ -26,6 +26,10 @@ LARGEST_GRID = 65535  # of heads, and of batch rows
 class Hopper:
     """Forward in one kernel, straight from and to `[B, *S, H, D]`: no permutation, no padding, no index lists.
 
+    Gradients in three: sums of each query, those of keys and values, those of queries; a fourth for those of additional
+    keys. Nothing is added to memory, so the same inputs give the same bits. They take two float32 numbers per
+    query and head beside the gradients themselves.
+
     Reads strided tensors where they lie if their last axis is contiguous and their address and
     other strides are multiples of 16 bytes, as the slices of a fused projection are; copies
     others first. It also copies what lies at the very start of an allocation if a dilation does not
