@@ -101,22 +101,22 @@ class Triton:
             return Gradients(*(grad.zero_() for grad in grads))._replace(position_bias=table)
         lse = output.lse.contiguous()
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
-        delta = torch.empty_like(lse)
+        sums, delta = torch.empty(2, problem.batch, problem.heads, *problem.shape, device=lse.device)
         operands = Operands(problem, inputs, out=output.out, grad_out=grad_out)
-        sums = {"lse": lse, "delta": delta}
+        known = {"sums": sums, "delta": delta}
         cut = best_cut("queries", problem, operands.hardware)
-        operands.run("queries", cut, grad_query=grads[0], grad_lse=grad_lse, **sums)
+        operands.run("queries", cut, grad_query=grads[0], lse=lse, grad_lse=grad_lse, **known)
         cut = best_cut("keys", problem, operands.hardware)
-        operands.run("keys", cut, grad_key=grads[1], grad_value=grads[2], **sums)
+        operands.run("keys", cut, grad_key=grads[1], grad_value=grads[2], **known)
         if problem.additional:
-            grads[3:] = additional_gradients(operands, cut, sums)
+            grads[3:] = additional_gradients(operands, cut, known)
         if inputs.position_bias is None:
             return Gradients(*grads)
-        table = bias_gradients(operands, sums).view(problem.bias_shape).to(inputs.position_bias.dtype)
+        table = bias_gradients(operands, known).view(problem.bias_shape).to(inputs.position_bias.dtype)
         return Gradients(*grads)._replace(position_bias=table)
 
 
-def additional_gradients(operands: Operands, cut: Cut, sums: dict[str, Tensor]) -> list[Tensor]:
+def additional_gradients(operands: Operands, cut: Cut, known: dict[str, Tensor]) -> list[Tensor]:
     """Gradients of the additional keys and values: sums over all queries, in chunks that run side by side."""
     problem = operands.problem
     rows, columns = cut.shape.rows, cut.shape.columns
@@ -130,11 +130,11 @@ def additional_gradients(operands: Operands, cut: Cut, sums: dict[str, Tensor]) 
     ]
     flat = cut._replace(rows=(rows,), columns=(columns,))
     parts = dict(zip(("partial_key", "partial_value"), partial, strict=True))
-    operands.run("additional", flat, (blocks, chunks), chunk=chunk, **parts, **sums)
+    operands.run("additional", flat, (blocks, chunks), chunk=chunk, **parts, **known)
     return [part.sum(0).to(operands.tensors["query"].dtype) for part in partial]
 
 
-def bias_gradients(operands: Operands, sums: dict[str, Tensor]) -> Tensor:
+def bias_gradients(operands: Operands, known: dict[str, Tensor]) -> Tensor:
     """Gradient of the position bias, `[H, entries]`: sums over diagonals, in chunks that run side by side."""
     problem = operands.problem
     entries = prod(problem.bias_shape)
@@ -143,7 +143,7 @@ def bias_gradients(operands: Operands, sums: dict[str, Tensor]) -> Tensor:
     chunks = ceil_div(problem.tokens, chunk)
     partial = torch.empty(chunks * problem.batch, entries, dtype=torch.float32, device=operands.device)
     cut = Cut((DIAGONAL,), (DIAGONAL,), Shape(DIAGONAL, DIAGONAL, 4, 1, 0.0, 0.0, 0.0), 0.0, True)
-    operands.run("bias", cut, (entries, len(partial)), chunk=chunk, chunks=chunks, partial_bias=partial, **sums)
+    operands.run("bias", cut, (entries, len(partial)), chunk=chunk, chunks=chunks, partial_bias=partial, **known)
     return partial.sum(0)
 
 

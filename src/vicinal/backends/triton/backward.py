@@ -14,6 +14,7 @@ from vicinal.backends.triton.tile import (
     additional_at,
     biased,
     boxes_of,
+    columns_exist,
     entry_of,
     exist,
     is_full,
@@ -21,7 +22,7 @@ from vicinal.backends.triton.tile import (
     mask_of,
     moved,
     next_box,
-    query_entries,
+    row_entries,
     store,
     table_of,
     tile_of,
@@ -47,23 +48,24 @@ def score_gradients(p, do, v, shift, V: tl.constexpr):
 
 @triton.jit
 def add_key_gradients(p, q, do, v, shift, dk, dv, V: tl.constexpr):
-    """What the queries of a box add to the gradients of a tile of keys and values."""
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=V.precision)
-    ds = score_gradients(p, do, v, shift, V)
-    return tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=V.precision), dv
+    """What the queries of a box add to the gradients of a tile of keys and values; `p` has keys as rows."""
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=V.precision)
+    ds = p * (tl.dot(v, tl.trans(do), input_precision=V.precision) - shift[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision=V.precision), dv
 
 
 @triton.jit
 def query_gradients(
-    query, key, value, out, more_key, more_value, bias, grad_out, grad_query, lse, grad_lse, delta, lengths,
+    query, key, value, out, more_key, more_value, bias, grad_out, grad_query, lse, grad_lse, sums, delta, lengths,
     axes, steps, heads, group, additional, scale, V: tl.constexpr,
 ):  # fmt: skip
-    """One block: the gradients of one tile of queries of one head, and their delta.
+    """One block: the gradients of one tile of queries of one head, and what the other passes must know of them.
 
     Args:
         query, key, value, out, more_key, more_value, bias, lengths: as in `forward.forward`.
         grad_out, grad_query: `[B, *S, H, D]`.
-        lse, grad_lse, delta: `[B, *S, H]`, the last one written.
+        lse, grad_lse: `[B, *S, H]`.
+        sums, delta: written, `[B, H, *S]`: the log-sum-exp times log2(e), and `delta`.
         axes, steps, heads, group, additional, scale, V: as in `forward.forward`.
     """
     ROWS: tl.constexpr = V.rows
@@ -86,11 +88,11 @@ def query_gradients(
     token = token_at(tile.batch, t, h, w, tile, axes)
     place = (token + tokens_in(ROWS, axes)) * heads + tile.head
     shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.load(grad_lse + place, mask=here, other=0.0)
+    total = tl.load(lse + place, mask=here, other=0.0) * LOG2_E
+    place = token_at(tile.batch * heads + tile.head, t, h, w, tile, axes) + tokens_in(ROWS, axes)
     tl.store(delta + place, shift, mask=here)
-    sums = tl.load(lse + place, mask=here, other=0.0) * LOG2_E
-    windows = windows_of(
-        ROWS, tile.t.first, tile.h.first, tile.w.first, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes
-    )
+    tl.store(sums + place, total, mask=here)
+    windows = windows_of(tile, axes, V)
     key_at = vector_at(key, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.key, V)
     value_at = vector_at(value, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.value, V)
     key_offsets = vectors_in(COLUMNS, axes, steps.key, V)
@@ -98,25 +100,23 @@ def query_gradients(
     dq = tl.zeros([R, D], tl.float32)
     if V.has_bias:
         table = table_of(bias, tile.head, axes)
-        entries = query_entries(
-            ROWS, tile.t.first, tile.h.first, tile.w.first, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes
-        )
+        entries = row_entries(tile, axes, V)
     t = 0
     h = 0
     w = 0
     for _ in tl.range(0, boxes_of(tile, V)):
-        near = exist(COLUMNS, tile.t.origin + t, tile.h.origin + h, tile.w.origin + w, tile, V)
+        near = columns_exist(t, h, w, tile, V)
         k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
         v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
         scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
         if V.has_bias:
-            keep = mask_of(windows, COLUMNS, t, h, w, V)
-            p = tl.exp2(biased(scores, scale, table, entries, keep, COLUMNS, t, h, w, axes) - sums[:, None])
+            keep = mask_of(windows, t, h, w, V)
+            p = tl.exp2(biased(scores, scale, table, entries, keep, t, h, w, axes, V) - total[:, None])
         else:
-            p = tl.exp2(scores * scale - sums[:, None])
+            p = tl.exp2(scores * scale - total[:, None])
             if V.masked:
                 if not is_full(t, h, w, tile, V):
-                    p = tl.where(mask_of(windows, COLUMNS, t, h, w, V), p, 0.0)
+                    p = tl.where(mask_of(windows, t, h, w, V), p, 0.0)
         ds = score_gradients(p, do, v, shift, V)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=V.precision)
         t, h, w = next_box(t, h, w, tile, V)
@@ -130,7 +130,7 @@ def query_gradients(
             k = load(key_at, number.to(tl.int64) * steps.more_key.w * V.unit, near, V.head_dim, D)
             v = load(value_at, number.to(tl.int64) * steps.more_value.w * V.unit, near, V.head_dim_v, DV)
             scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
-            p = tl.where(near[None, :], tl.exp2(scores * scale - sums[:, None]), 0.0)
+            p = tl.where(near[None, :], tl.exp2(scores * scale - total[:, None]), 0.0)
             ds = score_gradients(p, do, v, shift, V)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=V.precision)
     at = vector_at(grad_query, tile.t.first, tile.h.first, tile.w.first, tile, tile.head, axes, steps.grad_query, V)
@@ -138,16 +138,8 @@ def query_gradients(
 
 
 @triton.jit
-def queries_of(t, h, w, tile, axes, V: tl.constexpr):
-    """Windows and entries of a box of queries at members `(t, h, w)`, counted from the first key of the tile."""
-    BOX: tl.constexpr = V.columns
-    windows = windows_of(BOX, t, h, w, tile.t.first, tile.h.first, tile.w.first, tile, axes)
-    return windows, query_entries(BOX, t, h, w, tile.t.first, tile.h.first, tile.w.first, tile, axes)
-
-
-@triton.jit
 def key_gradients(
-    query, key, value, bias, grad_out, grad_key, grad_value, lse, delta, axes, steps, heads, group, scale,
+    query, key, value, bias, grad_out, grad_key, grad_value, sums, delta, axes, steps, heads, group, scale,
     V: tl.constexpr,
 ):  # fmt: skip
     """One block: the gradients of one tile of keys and values of one head. Rows are keys here.
@@ -155,7 +147,7 @@ def key_gradients(
     Args:
         query, key, value, bias: as in `forward.forward`.
         grad_out: `[B, *S, H, Dv]`; grad_key, grad_value: `[B, *S, Hkv, D]`.
-        lse, delta: `[B, *S, H]`.
+        sums, delta: `[B, H, *S]`, as `query_gradients` leaves them.
         axes, steps, heads, group, scale, V: as in `forward.forward`.
     """
     ROWS: tl.constexpr = V.rows
@@ -175,6 +167,9 @@ def key_gradients(
     query_offsets = vectors_in(COLUMNS, axes, steps.query, V)
     grad_offsets = vectors_in(COLUMNS, axes, steps.grad_out, V)
     in_box = tokens_in(COLUMNS, axes)
+    windows = windows_of(tile, axes, V)
+    if V.has_bias:
+        entries = row_entries(tile, axes, V)
     dk = tl.zeros([R, D], tl.float32)
     dv = tl.zeros([R, DV], tl.float32)
     for member in tl.range(0, group):
@@ -185,28 +180,24 @@ def key_gradients(
         h = 0
         w = 0
         for _ in tl.range(0, boxes_of(tile, V)):
-            first_t = tile.t.origin + t
-            first_h = tile.h.origin + h
-            first_w = tile.w.origin + w
-            near = exist(COLUMNS, first_t, first_h, first_w, tile, V)
-            number = token_at(tile.batch, first_t, first_h, first_w, tile, axes) + in_box
+            near = columns_exist(t, h, w, tile, V)
+            first = token_at(
+                tile.batch * heads + head, tile.t.origin + t, tile.h.origin + h, tile.w.origin + w, tile, axes
+            )
             q = load(moved(query_at, t, h, w, axes, steps.query, V), query_offsets, near, V.head_dim, D)
             do = load(moved(grad_at, t, h, w, axes, steps.grad_out, V), grad_offsets, near, V.head_dim_v, DV)
-            # What is beyond the grid has an infinite sum, hence no weight.
-            sums = tl.load(lse + number * heads + head, mask=near, other=float("inf")) * LOG2_E
-            shift = tl.load(delta + number * heads + head, mask=near, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+            total = tl.load(sums + first + in_box, mask=near, other=0.0)
+            shift = tl.load(delta + first + in_box, mask=near, other=0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision=V.precision)
             if V.has_bias:
-                windows, entries = queries_of(first_t, first_h, first_w, tile, axes, V)
-                keep = mask_of(windows, ROWS, 0, 0, 0, V)
+                keep = mask_of(windows, t, h, w, V)
                 table = table_of(bias, head, axes)
-                p = tl.exp2(biased(scores, scale, table, entries, keep, ROWS, 0, 0, 0, axes) - sums[:, None])
+                p = tl.exp2(biased(scores, scale, table, entries, keep, t, h, w, axes, V) - total[None, :])
             else:
-                p = tl.exp2(scores * scale - sums[:, None])
+                p = tl.exp2(scores * scale - total[None, :])
                 if V.masked:
                     if not is_full(t, h, w, tile, V):
-                        windows, entries = queries_of(first_t, first_h, first_w, tile, axes, V)
-                        p = tl.where(mask_of(windows, ROWS, 0, 0, 0, V), p, 0.0)
+                        p = tl.where(mask_of(windows, t, h, w, V), p, 0.0)
             dk, dv = add_key_gradients(p, q, do, v, shift, dk, dv, V)
             t, h, w = next_box(t, h, w, tile, V)
     t = tile.t.first
@@ -231,13 +222,13 @@ def scattered(number, batch, head, axes, steps, V: tl.constexpr):
 
 @triton.jit
 def additional_gradients(
-    query, more_key, more_value, grad_out, lse, delta, partial_key, partial_value, lengths, axes, steps,
+    query, more_key, more_value, grad_out, sums, delta, partial_key, partial_value, lengths, axes, steps,
     heads, group, additional, chunk, scale, V: tl.constexpr,
 ):  # fmt: skip
     """One block: what one chunk of the queries adds to the gradients of one tile of additional keys and values.
 
     Args:
-        query, more_key, more_value, grad_out, lse, delta, lengths: as in the other passes.
+        query, more_key, more_value, grad_out, sums, delta, lengths: as in the other passes.
         partial_key, partial_value: `[chunks, B, M, Hkv, D]`, float32.
         chunk: queries in a chunk.
         axes, steps, heads, group, additional, scale, V: as in `forward.forward`.
@@ -269,11 +260,12 @@ def additional_gradients(
             near = number < stop
             q = load(query, scattered(number, batch, head, axes, steps.query, V), near, V.head_dim, D)
             do = load(grad_out, scattered(number, batch, head, axes, steps.grad_out, V), near, V.head_dim_v, DV)
-            place = (batch.to(tl.int64) * tokens + number) * heads + head
-            sums = tl.load(lse + place, mask=near, other=float("inf")) * LOG2_E
+            place = (batch.to(tl.int64) * heads + head) * tokens + number
+            # What is beyond the chunk has an infinite sum, hence no weight.
+            total = tl.load(sums + place, mask=near, other=float("inf"))
             shift = tl.load(delta + place, mask=near, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
-            p = tl.where(here[None, :], tl.exp2(scores * scale - sums[:, None]), 0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision=V.precision)
+            p = tl.where(here[:, None], tl.exp2(scores * scale - total[None, :]), 0.0)
             dk, dv = add_key_gradients(p, q, do, v, shift, dk, dv, V)
     batches = tl.num_programs(0) // (tiles * heads_kv)
     place = ((tl.program_id(1).to(tl.int64) * batches + batch) * additional + row) * heads_kv + head_kv
@@ -293,7 +285,7 @@ def key_is_seen(place, offset, axis):
 
 @triton.jit
 def bias_gradients(
-    query, key, value, bias, grad_out, lse, delta, partial_bias, axes, steps, heads, group, chunk, chunks, scale,
+    query, key, value, bias, grad_out, sums, delta, partial_bias, axes, steps, heads, group, chunk, chunks, scale,
     V: tl.constexpr,
 ):  # fmt: skip
     """One block: what one chunk of the queries of a batch row adds to the gradient of one entry of the position bias.
@@ -301,7 +293,7 @@ def bias_gradients(
     Pairs of one offset lie on a diagonal of the scores, so their products are computed one by one.
 
     Args:
-        query, key, value, bias, grad_out, lse, delta: as in the other passes.
+        query, key, value, bias, grad_out, sums, delta: as in the other passes.
         partial_bias: `[B * chunks, H, entries]`, float32.
         chunk, chunks: queries in a chunk, and chunks of a batch row.
         axes, steps, heads, group, scale, V: as in `forward.forward`.
@@ -338,11 +330,11 @@ def bias_gradients(
             do = load(grad_out, scattered(number, batch, head, axes, steps.grad_out, V), keep, V.head_dim_v, DV)
             k = load(key, scattered(key_number, batch, head // group, axes, steps.key, V), keep, V.head_dim, D)
             v = load(value, scattered(key_number, batch, head // group, axes, steps.value, V), keep, V.head_dim_v, DV)
-            place = (batch.to(tl.int64) * tokens + number) * heads + head
-            sums = tl.load(lse + place, mask=keep, other=0.0) * LOG2_E
+            place = (batch.to(tl.int64) * heads + head) * tokens + number
+            total = tl.load(sums + place, mask=keep, other=0.0)
             shift = tl.load(delta + place, mask=keep, other=0.0)
             scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
             dp = tl.sum(do.to(tl.float32) * v.to(tl.float32), 1)
-            acc += tl.where(keep, tl.exp2(scores * scale + shared - sums) * (dp - shift), 0.0)
+            acc += tl.where(keep, tl.exp2(scores * scale + shared - total) * (dp - shift), 0.0)
     place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(partial_bias + place, tl.sum(acc, 0))

@@ -7,13 +7,14 @@ from vicinal.backends.triton.tile import (
     additional_at,
     biased,
     boxes_of,
+    columns_exist,
     exist,
     is_full,
     load,
     mask_of,
     moved,
     next_box,
-    query_entries,
+    row_entries,
     store,
     table_of,
     tile_of,
@@ -75,9 +76,7 @@ def forward(
     sign = tl.where(scale < 0, -1.0, tl.where(scale > 0, 1.0, 0.0))
     q = (q.to(tl.float32) * sign).to(q.dtype)
     scale = tl.maximum(tl.abs(scale), 1e-24)
-    windows = windows_of(
-        ROWS, tile.t.first, tile.h.first, tile.w.first, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes
-    )
+    windows = windows_of(tile, axes, V)
     key_at = vector_at(key, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.key, V)
     value_at = vector_at(value, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.value, V)
     key_offsets = vectors_in(COLUMNS, axes, steps.key, V)
@@ -87,22 +86,20 @@ def forward(
     total = tl.zeros([R], tl.float32)
     if V.has_bias:
         table = table_of(bias, tile.head, axes)
-        entries = query_entries(
-            ROWS, tile.t.first, tile.h.first, tile.w.first, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes
-        )
+        entries = row_entries(tile, axes, V)
     t = 0
     h = 0
     w = 0
     for _ in tl.range(0, boxes_of(tile, V)):
-        near = exist(COLUMNS, tile.t.origin + t, tile.h.origin + h, tile.w.origin + w, tile, V)
+        near = columns_exist(t, h, w, tile, V)
         k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
         scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
         if V.has_bias:
-            keep = mask_of(windows, COLUMNS, t, h, w, V)
-            scores = biased(scores, scale, table, entries, keep, COLUMNS, t, h, w, axes)
+            keep = mask_of(windows, t, h, w, V)
+            scores = biased(scores, scale, table, entries, keep, t, h, w, axes, V)
         elif V.masked:
             if not is_full(t, h, w, tile, V):
-                scores = tl.where(mask_of(windows, COLUMNS, t, h, w, V), scores, float("-inf"))
+                scores = tl.where(mask_of(windows, t, h, w, V), scores, float("-inf"))
         v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
         acc, peak, total = attend(scores, v, acc, peak, total, 1.0 if V.has_bias else scale, V)
         t, h, w = next_box(t, h, w, tile, V)

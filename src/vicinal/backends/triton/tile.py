@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """The keys that each query of a box sees, per axis: the first, and how many."""
+    """The columns that each row of a tile sees, per axis: the first, relative to the span's origin, and how many."""
 
     t_start: Any
     t_size: Any
@@ -149,20 +149,21 @@ def places(BOX: tl.constexpr):
 
 
 @triton.jit
-def window_of(query, span, axis, origin):
-    """The windows of queries on one axis: their first keys, relative to `origin`, and how many."""
-    query = tl.minimum(query, span.members - 1)
-    start = window_start(query, span.members, axis)
-    return start - origin, window_stop(query, span.members, axis) - start
+def window_of(place, span, axis, V: tl.constexpr):
+    """What the rows at these places of a tile see on one axis."""
+    row = tl.minimum(span.first + place, span.members - 1)
+    start = seen_start(row, span.members, axis, V)
+    return start - span.origin, seen_stop(row, span.members, axis, V) - start
 
 
 @triton.jit
-def windows_of(BOX: tl.constexpr, t, h, w, t_origin, h_origin, w_origin, tile, axes):
-    """The windows of the queries of a box that begins at members `(t, h, w)`, relative to the origins."""
-    t_place, h_place, w_place = places(BOX)
-    t_start, t_size = window_of(t + t_place, tile.t, axes[0], t_origin)
-    h_start, h_size = window_of(h + h_place, tile.h, axes[1], h_origin)
-    w_start, w_size = window_of(w + w_place, tile.w, axes[2], w_origin)
+def windows_of(tile, axes, V: tl.constexpr):
+    """What the rows of a tile see."""
+    ROWS: tl.constexpr = V.rows
+    t_place, h_place, w_place = places(ROWS)
+    t_start, t_size = window_of(t_place, tile.t, axes[0], V)
+    h_start, h_size = window_of(h_place, tile.h, axes[1], V)
+    w_start, w_size = window_of(w_place, tile.w, axes[2], V)
     return Windows(t_start, t_size, h_start, h_size, w_start, w_size)
 
 
@@ -205,14 +206,15 @@ def is_full(t, h, w, tile, V: tl.constexpr):
 
 @triton.jit
 def sees(place, start, size):
-    """start <= place < start + size, in one comparison; `[queries, keys]`."""
+    """start <= place < start + size, in one comparison; `[rows, columns]`."""
     return (place[None, :] - start[:, None]).to(tl.uint32, bitcast=True) < size[:, None].to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def mask_of(windows, BOX: tl.constexpr, t, h, w, V: tl.constexpr):
-    """Which queries see which keys of a box that begins `(t, h, w)` after the origins, `[queries, keys]`."""
-    t_place, h_place, w_place = places(BOX)
+def mask_of(windows, t, h, w, V: tl.constexpr):
+    """Which rows see which columns of a box that begins `(t, h, w)` after the origins, `[rows, columns]`."""
+    COLUMNS: tl.constexpr = V.columns
+    t_place, h_place, w_place = places(COLUMNS)
     keep = sees(w_place + w, windows.w_start, windows.w_size)
     if V.rank > 1:
         keep = keep & sees(h_place + h, windows.h_start, windows.h_size)
@@ -228,22 +230,31 @@ def entry_of(t, h, w, axes):
 
 
 @triton.jit
-def query_entries(BOX: tl.constexpr, t, h, w, t_origin, h_origin, w_origin, tile, axes):
-    """What to take from a key's entry, for each query of a box at members `(t, h, w)`; both count from the origins."""
-    t_place, h_place, w_place = places(BOX)
-    t = tl.minimum(t + t_place, tile.t.members - 1) - t_origin
-    h = tl.minimum(h + h_place, tile.h.members - 1) - h_origin
-    w = tl.minimum(w + w_place, tile.w.members - 1) - w_origin
+def row_entries(tile, axes, V: tl.constexpr):
+    """Numbers of the rows' places, counted from the origins, with the middle of the table added on the keys' side."""
+    ROWS: tl.constexpr = V.rows
+    t_place, h_place, w_place = places(ROWS)
+    t = tl.minimum(tile.t.first + t_place, tile.t.members - 1) - tile.t.origin
+    h = tl.minimum(tile.h.first + h_place, tile.h.members - 1) - tile.h.origin
+    w = tl.minimum(tile.w.first + w_place, tile.w.members - 1) - tile.w.origin
     middle = entry_of(axes[0].kernel_size - 1, axes[1].kernel_size - 1, axes[2].kernel_size - 1, axes)
-    return entry_of(t, h, w, axes) - middle
+    if V.are_keys:
+        return entry_of(t, h, w, axes) + middle
+    else:
+        return entry_of(t, h, w, axes) - middle
 
 
 @triton.jit
-def biased(scores, scale, table, entries, keep, BOX: tl.constexpr, t, h, w, axes):
-    """Scaled scores of a box of keys, `(t, h, w)` after the origins, with their bias; -inf where none is seen."""
-    t_place, h_place, w_place = places(BOX)
-    keys = entry_of(t + t_place, h + h_place, w + w_place, axes)
-    return scores * scale + tl.load(table + (keys[None, :] - entries[:, None]), mask=keep, other=float("-inf"))
+def biased(scores, scale, table, entries, keep, t, h, w, axes, V: tl.constexpr):
+    """Scaled scores of a box, `(t, h, w)` after the origins, with their bias; -inf where a row does not see a column."""
+    COLUMNS: tl.constexpr = V.columns
+    t_place, h_place, w_place = places(COLUMNS)
+    columns = entry_of(t + t_place, h + h_place, w + w_place, axes)
+    if V.are_keys:
+        entry = entries[:, None] - columns[None, :]
+    else:
+        entry = columns[None, :] - entries[:, None]
+    return scores * scale + tl.load(table + entry, mask=keep, other=float("-inf"))
 
 
 @triton.jit
@@ -263,6 +274,16 @@ def exist(BOX: tl.constexpr, t, h, w, tile, V: tl.constexpr):
     if V.rank > 2:
         here = here & (t + t_place < tile.t.members)
     return here
+
+
+@triton.jit
+def columns_exist(t, h, w, tile, V: tl.constexpr):
+    """Which columns of a box, `(t, h, w)` after the origins, lie on the grid: all where no box needs a mask."""
+    COLUMNS: tl.constexpr = V.columns
+    if V.masked:
+        return exist(COLUMNS, tile.t.origin + t, tile.h.origin + h, tile.w.origin + w, tile, V)
+    else:
+        return tl.full([COLUMNS[0] * COLUMNS[1] * COLUMNS[2]], True, tl.int1)
 
 
 @triton.jit
