@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
 
-from vicinal import backends
+from vicinal import backends, tuned, tuning
 from vicinal.backends.base import Backend, Inputs, Output
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -62,7 +62,7 @@ def attention(
         query.shape, query.dtype, query.device, query.layout,
         key.shape, key.dtype, key.device, key.layout,
         value.shape, value.dtype, value.device, value.layout,
-        id(backends.ALL),
+        id(backends.ALL), tuned.epoch,
         *[tuple(each) if type(each) is list else each for each in settings.values()],
         backend or os.environ.get(backends.VARIABLE),
         tiling,
@@ -73,7 +73,7 @@ def attention(
         found = None
     if found is None:
         problem = Problem.of(query, key, value, **settings)
-        found = backends.settle(problem, query.device, backend, tiling)
+        found = tuning.settle(problem, query.device, backend, tiling)
         if len(_solved) >= MOST:
             _solved.clear()
         _solved[kind] = found

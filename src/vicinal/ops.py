@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicinal import backends
+from vicinal import tuning
 from vicinal.backends.base import Backend, Inputs, Output
 from vicinal.errors import Unsupported
 from vicinal.plan import Plan
@@ -48,7 +48,7 @@ def solve(
     """Who computes it, and how it is cut."""
     windows = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
     problem = problem_of(inputs, {**{name: list(value) for name, value in windows.items()}, "scale": scale})
-    return backends.settle(problem, inputs.query.device, backend or None, decode(tiling), needs_grad=needs_grad)
+    return tuning.settle(problem, inputs.query.device, backend or None, decode(tiling), needs_grad=needs_grad)
 
 
 _MOST = 4096

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vicinal import tuned
 from vicinal.backends import blocked, hopper, reference, triton
 from vicinal.backends.base import Backend
 from vicinal.backends.blocked import fused
@@ -116,7 +117,18 @@ def settle(
     """
     hardware = present(device)
     chosen = choose(problem, hardware, name, needs_grad=needs_grad)
-    return chosen, make_plan(problem, tiling or next(iter(chosen.tilings(problem, hardware))))
+    return chosen, make_plan(problem, tiling or preferred(chosen, problem, hardware))
+
+
+def preferred(backend: Backend, problem: Problem, hardware: Hardware) -> Tiling:
+    """How `backend` cuts a problem: as was measured to be fastest if that is remembered, else as its cost model says."""
+    remembered = tuned.pick(backend.name, "forward", problem, hardware)
+    tilings = backend.tilings(problem, hardware)
+    if remembered is not None:
+        tilings = list(tilings)
+        if remembered.tiling in tilings:
+            return remembered.tiling
+    return next(iter(tilings))
 
 
 def _default_device() -> torch.device:

@@ -19,14 +19,22 @@ PACKAGES = ("torch", "triton", "numpy", "pillow", "typer", "rich", "matplotlib",
 def check(
     backend: Backend = None,
     device: Annotated[str, typer.Option(help="Where the tensors lie: cpu, cuda, cuda:1, ...")] = "cpu",
+    fuzz: Annotated[int, typer.Option(metavar="N", help="Instead of the laws, try N random problems.")] = 0,
+    seed: Annotated[int, typer.Option(help="The first random problem's.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes that share the random problems.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Try on this machine every law that a backend must obey. Exit code 1 if one is broken."""
+    """Try on this machine every law that a backend must obey, or random problems. Exit code 1 if one is broken."""
     from vicinal.backends import ALL, named
     from vicinal.cli._machine import torch_device
     from vicinal.testing import check_backend
 
+    if fuzz < 0 or seed < 0 or jobs < 1:
+        raise InvalidProblem(f"fuzz and seed must be at least 0 and jobs 1, got {fuzz}, {seed} and {jobs}")
     place = torch_device(device)
+    if fuzz:
+        _fuzz((named(backend),) if backend else ALL, place, fuzz, seed, jobs, as_json)
+        return
     with progress("checking") as update:
         reports = [
             check_backend(
@@ -50,6 +58,32 @@ def check(
                     say(finding)
         say("every law holds" if all(report.holds for report in reports) else "some laws are broken")
     if not all(report.holds for report in reports):
+        raise typer.Exit(1)
+
+
+def _fuzz(candidates: Any, place: Any, count: int, seed: int, jobs: int, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from vicinal.testing import fuzz
+
+    with progress("checking") as update:
+        found = [
+            fuzz(
+                candidate,
+                count,
+                device=place,
+                first=seed,
+                jobs=jobs,
+                progress=lambda done, total, _, who=candidate.name: update(done, total, f"{who}: random problems"),
+            )
+            for candidate in candidates
+        ]
+    if as_json:
+        say_json([{**asdict(each), "holds": each.holds} for each in found])
+    else:
+        for each in found:
+            say(each)
+    if not all(each.holds for each in found):
         raise typer.Exit(1)
 
 

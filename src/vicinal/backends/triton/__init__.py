@@ -16,13 +16,14 @@ from torch import Tensor
 from vicinal._tuples import ceil_div
 from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.devices import present
-from vicinal.backends.triton.cost import Cut, Shape, best_cut, ranked_tilings, shape_of
+from vicinal.backends.triton.cost import NAME, Cut, Shape, best_cut, choice_of, open_cuts, ranked_tilings, shape_of
 from vicinal.backends.triton.interpreter import is_installed, is_interpreting
 from vicinal.backends.triton.launch import Operands
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
+from vicinal.tuned import Choice
 
 MOST_BLOCKS = 1024
 """Blocks that the gradients of additional keys, or of a position bias, are spread over, about."""
@@ -42,7 +43,8 @@ class Triton:
     tile with the window, as in any tiled implementation. Memory outside the tensors is never read.
     """
 
-    name = "triton"
+    name = NAME
+    gradient_passes = ("queries", "keys")
 
     def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Every reason, as a sentence part, why this backend will not run the problem there."""
@@ -73,6 +75,10 @@ class Triton:
     def tilings(self, problem: Problem, hardware: Hardware) -> Iterable[Tiling]:
         """Tilings worth trying, the one with the least predicted time first."""
         return ranked_tilings(problem, hardware)
+
+    def choices(self, what: str, problem: Problem, hardware: Hardware) -> Iterable[Choice]:
+        """Ways worth trying for a pass, the one with the least predicted time first."""
+        return (choice_of(cut) for cut in open_cuts(what, problem, hardware))
 
     def forward(self, plan: Plan, inputs: Inputs) -> Output:
         """Attention under `plan`.

@@ -28,6 +28,7 @@ from vicinal.backends.triton.tile import (
     tile_of,
     token_at,
     tokens_in,
+    tokens_on,
     valid_additional,
     vector_at,
     vectors_in,
@@ -176,18 +177,17 @@ def key_gradients(
         head = tile.head * group + member
         query_at = vector_at(query, tile.t.origin, tile.h.origin, tile.w.origin, tile, head, axes, steps.query, V)
         grad_at = vector_at(grad_out, tile.t.origin, tile.h.origin, tile.w.origin, tile, head, axes, steps.grad_out, V)
+        first = token_at(tile.batch * heads + head, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes)
         t = 0
         h = 0
         w = 0
         for _ in tl.range(0, boxes_of(tile, V)):
             near = columns_exist(t, h, w, tile, V)
-            first = token_at(
-                tile.batch * heads + head, tile.t.origin + t, tile.h.origin + h, tile.w.origin + w, tile, axes
-            )
+            ahead = tokens_on(t, h, w, axes) + in_box
             q = load(moved(query_at, t, h, w, axes, steps.query, V), query_offsets, near, V.head_dim, D)
             do = load(moved(grad_at, t, h, w, axes, steps.grad_out, V), grad_offsets, near, V.head_dim_v, DV)
-            total = tl.load(sums + first + in_box, mask=near, other=0.0)
-            shift = tl.load(delta + first + in_box, mask=near, other=0.0)
+            total = tl.load(sums + first + ahead, mask=near, other=0.0)
+            shift = tl.load(delta + first + ahead, mask=near, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision=V.precision)
             if V.has_bias:
                 keep = mask_of(windows, t, h, w, V)

@@ -14,6 +14,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
+from vicinal import tuned
 from vicinal._tuples import ceil_div
 from vicinal.backends.triton.variant import Variant, padded, three
 from vicinal.errors import Unsupported
@@ -21,6 +22,14 @@ from vicinal.hardware import Hardware
 from vicinal.plan import AxisPlan, Plan
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
+
+
+NAME = "triton"
+
+OPEN = 5
+"""Cuts that the model leaves open, so many: it orders those that are near each other no better than by chance."""
+
+MOST_STAGES = 4
 
 
 class Shape(NamedTuple):
@@ -44,47 +53,79 @@ class Shape(NamedTuple):
 
 
 SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
-    # (kernel, bytes of an element, head dim up to). Timed on sustained clocks; the smallest of each kind is not timed
-    # but scaled: it is for devices with little shared memory.
+    # (kernel, bytes of an element, head dim up to). Each was timed on a window without masks, a sliding one and a small
+    # one, and start, pace and mask solved for. The last of each kind is for devices with little shared memory.
     ("forward", 2, 64): (
-        Shape(64, 64, 4, 3, 1.9, 0.30, 0.16),
-        Shape(128, 64, 4, 3, 3.3, 0.60, 0.31),
-        Shape(64, 128, 4, 2, 2.2, 0.62, 0.33),
-        Shape(64, 32, 4, 2, 1.5, 0.20, 0.08),
+        Shape(64, 64, 4, 3, 2.1, 0.370, 0.171),
+        Shape(128, 64, 4, 3, 1.6, 0.809, 0.191),
+        Shape(64, 128, 4, 2, 1.9, 0.801, 0.151),
+        Shape(64, 32, 4, 3, 0.5, 0.238, 0.141),
     ),
     ("forward", 2, 128): (
-        Shape(64, 64, 4, 3, 1.0, 0.62, 0.20),
-        Shape(128, 64, 8, 3, 1.5, 1.25, 0.36),
-        Shape(128, 128, 8, 2, 2.0, 2.48, 0.60),
+        Shape(64, 64, 4, 3, 2.4, 0.556, 0.230),
+        Shape(128, 64, 8, 3, 4.9, 1.284, 0.426),
+        Shape(128, 64, 8, 4, 4.6, 1.198, 0.625),
+        Shape(128, 128, 8, 2, 7.3, 2.862, 0.0),
         Shape(64, 32, 4, 2, 1.0, 0.38, 0.10),
     ),
-    ("forward", 2, 256): (Shape(128, 64, 8, 2, 4.0, 8.0, 0.4), Shape(64, 32, 4, 1, 4.0, 3.6, 0.2)),
-    ("forward", 4, 64): (Shape(64, 64, 4, 2, 2.0, 3.8, 0.30), Shape(32, 32, 4, 2, 2.0, 1.5, 0.10)),
-    ("forward", 4, 128): (Shape(64, 32, 4, 1, 4.0, 5.2, 0.20), Shape(32, 32, 4, 1, 4.0, 3.2, 0.10)),
+    ("forward", 2, 256): (
+        Shape(128, 64, 8, 2, 7.0, 3.872, 0.013),
+        Shape(64, 32, 4, 2, 2.5, 1.097, 0.007),
+        Shape(64, 32, 4, 1, 4.1, 1.275, 0.002),
+    ),
+    ("forward", 4, 64): (
+        Shape(64, 32, 4, 3, 0.5, 1.991, 0.323),
+        Shape(32, 32, 4, 2, 0.5, 1.376, 0.280),
+    ),
+    ("forward", 4, 128): (
+        Shape(64, 32, 4, 1, 0.5, 5.410, 0.214),
+        Shape(128, 32, 8, 1, 0.5, 8.841, 0.0),
+        Shape(32, 32, 4, 1, 0.5, 2.423, 1.988),
+    ),
     ("forward", 4, 256): (Shape(32, 16, 4, 1, 8.0, 5.0, 0.10),),
-    ("queries", 2, 64): (Shape(64, 64, 4, 2, 2.0, 0.45, 0.15), Shape(64, 32, 4, 3, 2.0, 0.22, 0.08)),
+    ("queries", 2, 64): (
+        Shape(64, 64, 4, 3, 2.0, 0.358, 0.217),
+        Shape(64, 64, 4, 2, 2.1, 0.378, 0.310),
+        Shape(64, 32, 4, 3, 1.1, 0.211, 0.123),
+    ),
     ("queries", 2, 128): (
-        Shape(64, 64, 4, 2, 1.5, 0.80, 0.06),
-        Shape(128, 64, 8, 2, 2.5, 1.58, 0.30),
+        Shape(64, 64, 4, 2, 4.6, 0.707, 0.117),
+        Shape(128, 64, 8, 3, 8.1, 1.241, 0.511),
+        Shape(64, 32, 4, 3, 3.5, 0.358, 0.149),
         Shape(64, 32, 4, 1, 1.5, 0.55, 0.05),
     ),
-    ("queries", 2, 256): (Shape(32, 32, 4, 1, 4.0, 3.6, 0.2),),
-    ("queries", 4, 64): (Shape(64, 32, 4, 2, 3.0, 3.6, 0.20), Shape(32, 32, 4, 1, 3.0, 2.4, 0.10)),
-    ("queries", 4, 128): (Shape(32, 32, 4, 1, 6.0, 5.0, 0.10), Shape(32, 16, 4, 1, 6.0, 2.8, 0.10)),
+    ("queries", 2, 256): (Shape(64, 32, 4, 1, 8.6, 1.477, 0.006), Shape(32, 32, 4, 1, 3.0, 1.573, 0.004)),
+    ("queries", 4, 64): (Shape(64, 32, 4, 2, 0.5, 2.573, 0.520), Shape(32, 32, 4, 1, 0.5, 1.525, 0.750)),
+    ("queries", 4, 128): (Shape(32, 32, 4, 1, 0.5, 3.820, 2.664), Shape(32, 16, 4, 1, 0.5, 2.780, 0.0)),
     ("queries", 4, 256): (Shape(16, 16, 4, 1, 8.0, 4.0, 0.10),),
-    ("keys", 2, 64): (Shape(64, 64, 4, 2, 2.0, 0.70, 0.28), Shape(32, 64, 4, 2, 2.0, 0.70, 0.20)),
-    ("keys", 2, 128): (Shape(64, 64, 4, 1, 2.0, 1.50, 0.65), Shape(32, 32, 4, 1, 2.0, 0.60, 0.15)),
-    ("keys", 2, 256): (Shape(32, 16, 4, 1, 4.0, 1.5, 0.10),),
-    ("keys", 4, 64): (Shape(32, 32, 4, 2, 3.0, 3.0, 0.10),),
-    ("keys", 4, 128): (Shape(32, 16, 4, 1, 6.0, 3.0, 0.10),),
+    ("keys", 2, 64): (Shape(64, 64, 4, 1, 2.1, 0.739, 0.212), Shape(64, 32, 4, 3, 1.0, 0.406, 0.203)),
+    ("keys", 2, 128): (
+        Shape(64, 32, 4, 2, 1.2, 0.726, 0.404),
+        Shape(64, 32, 4, 3, 2.2, 0.592, 0.717),
+        Shape(64, 16, 4, 2, 4.6, 0.514, 0.007),
+    ),
+    ("keys", 2, 256): (
+        Shape(64, 32, 8, 2, 6.9, 3.191, 0.005),
+        Shape(32, 32, 4, 1, 3.5, 1.806, 0.010),
+        Shape(32, 16, 4, 1, 3.1, 1.317, 0.001),
+    ),
+    ("keys", 4, 64): (Shape(32, 32, 4, 1, 0.5, 1.913, 0.350),),
+    ("keys", 4, 128): (Shape(32, 32, 4, 1, 0.5, 5.094, 0.402), Shape(32, 16, 4, 1, 0.5, 3.397, 0.403)),
     ("keys", 4, 256): (Shape(16, 16, 4, 1, 8.0, 5.0, 0.10),),
 }
 
 
-def shapes(kernel: str, problem: Problem, room: int) -> tuple[Shape, ...]:
-    """The shapes of a pass of `problem` that fit into `room` bytes of shared memory, or the smallest."""
-    depth = max(padded(problem.head_dim), padded(problem.head_dim_v), 64)
-    known = SHAPES[kernel, problem.itemsize, depth]
+HOPPER_SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
+    # Where products read float32 from registers, as they do elsewhere, these have too few.
+    ("forward", 4, 64): (Shape(64, 64, 4, 2, 0.5, 3.211, 0.999),),
+}
+
+
+def shapes(kernel: str, problem: Problem, hardware: Hardware) -> tuple[Shape, ...]:
+    """The shapes of a pass of `problem` that fit into shared memory, or the smallest."""
+    kind = kernel, problem.itemsize, max(padded(problem.head_dim), padded(problem.head_dim_v), 64)
+    known = (*(HOPPER_SHAPES.get(kind, ()) if hardware.arch == (9, 0) else ()), *SHAPES[kind])
+    room = room_of(hardware)
     return tuple(shape for shape in known if smem_bytes(kernel, problem, shape) <= room) or known[-1:]
 
 
@@ -125,33 +166,38 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def cuts(kernel: str, problem: Problem, units: int, room: int, most: int = 16) -> tuple[Cut, ...]:
+def cuts(kernel: str, problem: Problem, hardware: Hardware, most: int = 16) -> tuple[Cut, ...]:
     """Ways to cut a pass of `problem`, the one with the least predicted time first.
 
     Args:
         kernel: `"forward"`, `"queries"` or `"keys"`.
         problem: what is asked.
-        units: multiprocessors.
-        room: bytes of shared memory that a block can use.
+        hardware: where; its multiprocessors and shared memory count.
     """
-    found = sorted(_cuts(kernel, problem, units, room), key=lambda cut: (round(cut.time, 3), cut.rows[::-1]))
+    found = sorted(_cuts(kernel, problem, hardware), key=lambda cut: (round(cut.time, 3), cut.rows[::-1]))
     return tuple(found[:most])
 
 
-def _cuts(kernel: str, problem: Problem, units: int, room: int) -> Iterator[Cut]:
+def _cuts(kernel: str, problem: Problem, hardware: Hardware) -> Iterator[Cut]:
+    for shape in shapes(kernel, problem, hardware):
+        for rows, columns in product(boxes(shape.rows, problem.rank), boxes(shape.columns, problem.rank)):
+            yield _cut(kernel, problem, max(hardware.units, 1), shape, rows, columns)
+
+
+def _cut(
+    kernel: str, problem: Problem, units: int, shape: Shape, rows: tuple[int, ...], columns: tuple[int, ...]
+) -> Cut:
     is_inverse = kernel == "keys"
     heads = problem.heads_kv if is_inverse else problem.heads
     repeats = problem.heads // problem.heads_kv if is_inverse else 1
-    for shape in shapes(kernel, problem, room):
-        additional = 0 if is_inverse else ceil_div(problem.additional, shape.columns)
-        for rows, columns in product(boxes(shape.rows, problem.rank), boxes(shape.columns, problem.rank)):
-            counts = [_counts(axis, r, c, is_inverse) for axis, r, c in zip(problem.axes, rows, columns, strict=True)]
-            tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
-            pace = shape.pace + shape.mask * (visited - full) / visited
-            one = shape.start + (longest * repeats + additional) * pace
-            everything = tiles * shape.start + (visited * repeats + tiles * additional) * pace
-            time = max(max(problem.batch, 1) * heads * everything / units, one)
-            yield Cut(rows, columns, shape, time, visited > full)
+    additional = 0 if is_inverse else ceil_div(problem.additional, shape.columns)
+    counts = [_counts(axis, r, c, is_inverse) for axis, r, c in zip(problem.axes, rows, columns, strict=True)]
+    tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
+    pace = shape.pace + shape.mask * (visited - full) / visited
+    one = shape.start + (longest * repeats + additional) * pace
+    everything = tiles * shape.start + (visited * repeats + tiles * additional) * pace
+    time = max(max(problem.batch, 1) * heads * everything / units, one)
+    return Cut(rows, columns, shape, time, visited > full)
 
 
 def room_of(hardware: Hardware) -> int:
@@ -162,13 +208,57 @@ def room_of(hardware: Hardware) -> int:
 
 
 def best_cut(kernel: str, problem: Problem, hardware: Hardware) -> Cut:
-    """The cut of a pass with the least predicted time."""
-    return cuts(kernel, problem, max(hardware.units, 1), room_of(hardware))[0]
+    """The cut of a pass that was measured to be fastest, if that is remembered, else the one with the least predicted
+    time."""
+    return _best_cut(kernel, problem, hardware, tuned.epoch)
+
+
+@lru_cache(maxsize=4096)
+def _best_cut(kernel: str, problem: Problem, hardware: Hardware, epoch: int) -> Cut:
+    remembered = tuned.pick(NAME, kernel, problem, hardware)
+    cut = None if remembered is None else cut_as(kernel, problem, hardware, remembered)
+    return cut or cuts(kernel, problem, hardware)[0]
+
+
+def cut_as(kernel: str, problem: Problem, hardware: Hardware, choice: tuned.Choice) -> Cut | None:
+    """The cut that a choice stands for, or `None` if the pass cannot be cut so."""
+    sides = (*choice.rows, *choice.columns)
+    if len(choice.rows) != problem.rank or any(n & (n - 1) for n in sides):
+        return None
+    room = room_of(hardware)
+    for shape in shapes(kernel, problem, hardware):
+        way = shape._replace(warps=choice.warps or shape.warps, stages=choice.stages or shape.stages)
+        is_one = (way.rows, way.columns, way.warps) == (prod(choice.rows), prod(choice.columns), shape.warps)
+        has_stages = way.stages == shape.stages or 2 <= way.stages <= MOST_STAGES
+        if is_one and has_stages and smem_bytes(kernel, problem, way) <= room:
+            return _cut(kernel, problem, max(hardware.units, 1), way, choice.rows, choice.columns)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def open_cuts(kernel: str, problem: Problem, hardware: Hardware) -> tuple[Cut, ...]:
+    """What is left open: the cuts with the least predicted times, each with as many boxes in flight, fewer and more."""
+    room = room_of(hardware)
+    found: dict[tuned.Choice, Cut] = {}
+    for cut in cuts(kernel, problem, hardware)[:OPEN]:
+        stages = cut.shape.stages
+        # Not down to one: a forward pass of Triton 3.6 without pipelining (64x128, heads of 64/32, float16) was wrong.
+        numbers = (stages, *(n for n in (stages - 1, stages + 1) if 2 <= n <= MOST_STAGES))
+        ways = [cut.shape._replace(stages=n) for n in numbers]
+        fitting = [way for way in ways if smem_bytes(kernel, problem, way) <= room]
+        for way in fitting or ways[:1]:
+            found.setdefault(choice_of(cut._replace(shape=way)), cut._replace(shape=way))
+    return tuple(found.values())
+
+
+def choice_of(cut: Cut) -> tuned.Choice:
+    """What can be remembered of a cut."""
+    return tuned.Choice(cut.rows, cut.columns, cut.shape.warps, cut.shape.stages)
 
 
 def ranked_tilings(problem: Problem, hardware: Hardware) -> tuple[Tiling, ...]:
     """Tilings of the forward pass, the one with the least predicted time first."""
-    found = cuts("forward", problem, max(hardware.units, 1), room_of(hardware))
+    found = cuts("forward", problem, hardware)
     return tuple(dict.fromkeys(Tiling(cut.rows, cut.columns) for cut in found))
 
 
@@ -192,11 +282,14 @@ def shape_of(plan: Plan, hardware: Hardware) -> Shape:
         Unsupported: if its tiling is not one that the kernel can be cut into.
     """
     problem, tiling = plan.problem, plan.tiling
-    known = shapes("forward", problem, room_of(hardware))
+    known = shapes("forward", problem, hardware)
     reasons = why_not_tiling(tiling, known)
     if reasons:
         raise Unsupported(f"triton cannot use this tiling ({tiling}): {'; '.join(reasons)}")
     volume = prod(tiling.q_tile), prod(tiling.kv_tile)
+    best = best_cut("forward", problem, hardware)
+    if (best.rows, best.columns) == (tiling.q_tile, tiling.kv_tile):
+        return best.shape
     return next(shape for shape in known if (shape.rows, shape.columns) == volume)
 
 

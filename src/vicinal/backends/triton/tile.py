@@ -246,7 +246,7 @@ def row_entries(tile, axes, V: tl.constexpr):
 
 @triton.jit
 def biased(scores, scale, table, entries, keep, t, h, w, axes, V: tl.constexpr):
-    """Scaled scores of a box, `(t, h, w)` after the origins, with their bias; -inf where a row does not see a column."""
+    """Scaled scores of a box, `(t, h, w)` after the origins, with their bias; -inf where a row sees no column."""
     COLUMNS: tl.constexpr = V.columns
     t_place, h_place, w_place = places(COLUMNS)
     columns = entry_of(t + t_place, h + h_place, w + w_place, axes)
@@ -295,10 +295,16 @@ def token_at(batch, t, h, w, tile, axes):
 
 
 @triton.jit
+def tokens_on(t, h, w, axes):
+    """Tokens between one and another that is `(t, h, w)` members further."""
+    return (t * axes[0].dilation * axes[1].length + h * axes[1].dilation) * axes[2].length + w * axes[2].dilation
+
+
+@triton.jit
 def tokens_in(BOX: tl.constexpr, axes):
     """Numbers of the tokens of a box, relative to its first."""
     t, h, w = places(BOX)
-    return (t * axes[0].dilation * axes[1].length + h * axes[1].dilation) * axes[2].length + w * axes[2].dilation
+    return tokens_on(t, h, w, axes)
 
 
 @triton.jit
@@ -312,13 +318,13 @@ def vector_at(tensor, t, h, w, tile, head, axes, steps, V: tl.constexpr):
 
 @triton.jit
 def moved(pointer, t, h, w, axes, steps, V: tl.constexpr):
-    """The pointer, `(t, h, w)` members further."""
-    units = w.to(tl.int64) * (axes[2].dilation * steps.w)
+    """The pointer, `(t, h, w)` members further: fewer than 2^31 vectors, as `launch.steps_of` sees to."""
+    units = w * (axes[2].dilation * steps.w)
     if V.rank > 1:
-        units += h.to(tl.int64) * (axes[1].dilation * steps.h)
+        units += h * (axes[1].dilation * steps.h)
     if V.rank > 2:
-        units += t.to(tl.int64) * (axes[0].dilation * steps.t)
-    return pointer + units * V.unit
+        units += t * (axes[0].dilation * steps.t)
+    return pointer + units.to(tl.int64) * V.unit
 
 
 @triton.jit
