@@ -59,6 +59,7 @@ def test_help_names_every_command():
         "simulate",
         "suggest",
         "check",
+        "tune",
         "bench",
         "plot",
         "e2e",
@@ -159,6 +160,28 @@ def test_check_says_which_laws_hold(monkeypatch: pytest.MonkeyPatch):
     assert found[0]["holds"]
     assert [entry["law"] for entry in found[0]["laws"]] == [law.name]
     assert "every law holds" in said("check", "--backend", "reference")
+
+
+def test_check_tries_random_problems():
+    assert said("check", "--backend", "reference", "--fuzz", 3) == (
+        "reference on cpu: 3 random problems, 3 with gradients, 0 wrong\n"
+    )
+    (found,) = json.loads(said("check", "--backend", "blocked", "--fuzz", 2, "--seed", 50, "--json"))
+    assert (found["ran"], found["holds"]) == (2, True)
+
+
+def test_tune_measures_and_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from vicinal import tuned
+
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path))
+    tuned.forget()
+    words = ("tune", "14x9", "-k", "5x3", "--dtype", "float32", "--device", "cpu", "--backend", "blocked")
+    found = json.loads(said(*words, "--json"))
+    assert Path(found["file"]).parent == tmp_path and Path(found["file"]).exists()
+    assert [finding["what"] for finding in found["found"]] == ["forward"]
+    text = said(*words)
+    assert "blocked forward: " in text and "wrote " in text
+    tuned.forget()
 
 
 def test_check_fails_where_a_law_is_broken(monkeypatch: pytest.MonkeyPatch):
@@ -287,6 +310,9 @@ def test_demo_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("simulate 30x40 -k 3 --attention-share 2", "attention_share must lie in [0, 1]"),
         ("suggest 30x40", "give either sparsity"),
         ("check --backend nonsense", "backend must be one of"),
+        ("check --fuzz -1", "fuzz and seed must be at least 0 and jobs 1, got -1, 0 and 1"),
+        ("tune 30x40 -k 50", "the window does not fit"),
+        ("tune 30x40 -k 3 --device nonsense", "device must be one that this machine has"),
         ("check --device nonsense", "device must be one that this machine has, such as cpu, got 'nonsense'"),
         ("bench --suite nonsense", "suite must be one of"),
         ("bench --seconds 0", "seconds must be above 0"),

@@ -80,6 +80,7 @@ for _command in (
     planning.simulate,
     planning.suggest,
     trust.check,
+    trust.tune,
     trust.bench,
     train.train,
     figures.plot,

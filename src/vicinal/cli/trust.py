@@ -4,13 +4,16 @@ import platform
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vicinal.cli._console import Json, progress, say, say_json, table
-from vicinal.cli._options import Backend
+from vicinal.cli._options import Backend, takes_problem
 from vicinal.errors import InvalidProblem
+
+if TYPE_CHECKING:
+    from vicinal.problem import Problem
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "typer", "rich", "matplotlib", "scikit-image", "nibabel", "diffusers")
 """What the library or its commands use, required or not."""
@@ -123,6 +126,39 @@ def doctor(as_json: Json = False) -> None:
     for device in found["devices"]:
         rows = [(name, "yes" if not why else "no", "; ".join(why)) for name, why in device["backends"].items()]
         table(f"{device['device']}: {device['name']}", ("backend", "runs", "why not"), rows)
+
+
+@takes_problem
+def tune(
+    problem: "Problem",
+    backend: Backend = None,
+    device: Annotated[str, typer.Option(help="Where to run: cuda, cuda:1, cpu, ...")] = "cuda",
+    gradients: Annotated[bool, typer.Option(help="Tune the backward pass too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Measure the ways to cut a problem, and remember the best for later calls on this machine."""
+    from dataclasses import asdict
+
+    from vicinal import tuned, tuning
+    from vicinal.backends import present
+    from vicinal.cli._machine import torch_device
+
+    place = torch_device(device)
+    with progress("tuning") as update:
+        found = tuning.tune(
+            problem,
+            device=place,
+            backend=backend,
+            gradients=gradients,
+            progress=lambda text, step, steps: update(step, steps, text),
+        )
+    path = tuned.path_of(present(place).name)
+    if as_json:
+        say_json({"file": path, "found": [asdict(finding) for finding in found]})
+        return
+    for finding in found:
+        say(finding)
+    say(f"wrote {path}" if found else "nothing is left open: the backend cuts this problem in one way only")
 
 
 def bench(
