@@ -162,12 +162,13 @@ def _numbers(problem: Problem, device: torch.device) -> Inputs:
         return torch.randn(shape, dtype=getattr(torch, problem.dtype), device=device)
 
     grid, more = (problem.batch, *problem.shape), (problem.batch, problem.additional)
-    tensors = [draw(*grid, problem.heads, problem.head_dim)]
-    dims = (problem.head_dim, problem.head_dim_v)
-    tensors += [draw(*grid, problem.heads_kv, dim) for dim in dims]
-    extra = [draw(*more, problem.heads_kv, dim) for dim in dims] if problem.additional else [None, None]
-    bias = draw(*problem.bias_shape) if problem.position_bias else None
-    return Inputs(*tensors, *extra, None, bias)
+    query = draw(*grid, problem.heads, problem.head_dim)
+    key, value = (draw(*grid, problem.heads_kv, dim) for dim in (problem.head_dim, problem.head_dim_v))
+    inputs = Inputs(query, key, value, position_bias=draw(*problem.bias_shape) if problem.position_bias else None)
+    if not problem.additional:
+        return inputs
+    keys, values = (draw(*more, problem.heads_kv, dim) for dim in (problem.head_dim, problem.head_dim_v))
+    return inputs._replace(additional_keys=keys, additional_values=values)
 
 
 def _step(

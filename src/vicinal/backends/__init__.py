@@ -121,7 +121,7 @@ def settle(
 
 
 def preferred(backend: Backend, problem: Problem, hardware: Hardware) -> Tiling:
-    """How `backend` cuts a problem: as was measured to be fastest if that is remembered, else as its cost model says."""
+    """How `backend` cuts a problem: as was measured to be fastest, if that is remembered, or as it likes it best."""
     remembered = tuned.pick(backend.name, "forward", problem, hardware)
     tilings = backend.tilings(problem, hardware)
     if remembered is not None:

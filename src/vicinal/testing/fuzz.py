@@ -141,7 +141,7 @@ def _recomputed(
 ) -> dict[str, torch.Tensor]:
     """What each gradient sums, at its largest, for backends that compute weights again from the log-sum-exp:
 
-        P = exp(S - lse) errs by |lse| roundings,   dP - delta by one of |dP|, also where they cancel to nothing
+    P = exp(S - lse) errs by |lse| roundings,   dP - delta by one of |dP|, also where they cancel to nothing
     """
     largest = truth.lse.abs().max().item() if truth.lse.numel() else 0.0
     value = inputs.value.repeat_interleave(problem.heads // problem.heads_kv, -2)

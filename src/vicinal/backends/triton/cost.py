@@ -23,7 +23,6 @@ from vicinal.plan import AxisPlan, Plan
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
 
-
 NAME = "triton"
 
 OPEN = 5
