@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from vicinal import backends
 from vicinal.backends import triton
-from vicinal.backends.triton.cost import best_cut, ranked_tilings, room_of, shape_of, smem_bytes
+from vicinal.backends.triton.cost import best_cut, forward_cut, ranked_tilings, room_of, smem_bytes
 from vicinal.backends.triton.launch import precision_of, readable, steps_of
 from vicinal.backends.triton.variant import StepArgs
 from vicinal.errors import Unsupported
@@ -67,9 +67,9 @@ def test_is_chosen_where_hopper_declines_and_where_gradients_are_needed() -> Non
 
 
 def test_refuses_a_tiling_in_a_sentence() -> None:
-    plan = make_plan(PROBLEM, Tiling((4, 4, 5), (2, 4, 12), kv_origin="grid"))
+    tiling = Tiling((4, 4, 5), (2, 4, 12), kv_origin="grid")
     with pytest.raises(Unsupported, match=r'kv_origin must be "free"; .*powers of two; .*got \(80, 96\)'):
-        shape_of(plan, H100)
+        forward_cut(PROBLEM, tiling, H100)
 
 
 @pytest.mark.parametrize("name", ["h100-sxm", "rtx-4090", "mi300x"])
@@ -80,8 +80,10 @@ def test_every_tiling_can_be_cut_and_fits(name: str, problem: Problem) -> None:
     tilings = ranked_tilings(problem, hardware)
     assert len(set(tilings)) == len(tilings) > 0
     for tiling in tilings:
-        shape = shape_of(make_plan(problem, tiling), hardware)
-        assert (prod(tiling.q_tile), prod(tiling.kv_tile)) == (shape.rows, shape.columns)
+        cut = forward_cut(problem, tiling, hardware)
+        assert (cut.rows, cut.columns) == (tiling.q_tile, tiling.kv_tile)
+        assert (prod(tiling.q_tile), prod(tiling.kv_tile)) == (cut.shape.rows, cut.shape.columns)
+        assert cut.masked == (make_plan(problem, tiling).masked > 0)
     for kernel in ("forward", "queries", "keys"):
         assert smem_bytes(kernel, problem, best_cut(kernel, problem, hardware).shape) <= room_of(hardware)
 

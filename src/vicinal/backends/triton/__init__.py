@@ -16,7 +16,7 @@ from torch import Tensor
 from vicinal._tuples import ceil_div
 from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.devices import present
-from vicinal.backends.triton.cost import NAME, Cut, Shape, best_cut, choice_of, open_cuts, ranked_tilings, shape_of
+from vicinal.backends.triton.cost import NAME, Cut, Shape, best_cut, choice_of, forward_cut, open_cuts, ranked_tilings
 from vicinal.backends.triton.interpreter import is_installed, is_interpreting
 from vicinal.backends.triton.launch import Operands
 from vicinal.hardware import Hardware
@@ -87,8 +87,7 @@ class Triton:
             Unsupported: if its tiling is not one that the kernel can be cut into.
         """
         problem, query = plan.problem, inputs.query
-        shape = shape_of(plan, present(query.device))
-        cut = Cut(plan.tiling.q_tile, plan.tiling.kv_tile, shape, 0.0, plan.masked > 0)
+        cut = forward_cut(problem, plan.tiling, present(query.device))
         out = torch.empty(*query.shape[:-1], problem.head_dim_v, dtype=query.dtype, device=query.device)
         lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         if lse.numel():

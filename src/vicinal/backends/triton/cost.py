@@ -19,7 +19,7 @@ from vicinal._tuples import ceil_div
 from vicinal.backends.triton.variant import Variant, padded, three
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
-from vicinal.plan import AxisPlan, Plan
+from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
 
@@ -274,22 +274,27 @@ def why_not_tiling(tiling: Tiling, known: tuple[Shape, ...]) -> tuple[str, ...]:
     return tuple(reason for holds, reason in facts if not holds)
 
 
-def shape_of(plan: Plan, hardware: Hardware) -> Shape:
-    """How the forward kernel runs `plan`.
+def forward_cut(problem: Problem, tiling: Tiling, hardware: Hardware) -> Cut:
+    """How the forward kernel runs `problem` under `tiling`.
 
     Raises:
-        Unsupported: if its tiling is not one that the kernel can be cut into.
+        Unsupported: if it cannot be cut so.
     """
-    problem, tiling = plan.problem, plan.tiling
+    return _forward_cut(problem, tiling, hardware, tuned.epoch)
+
+
+@lru_cache(maxsize=4096)
+def _forward_cut(problem: Problem, tiling: Tiling, hardware: Hardware, epoch: int) -> Cut:
     known = shapes("forward", problem, hardware)
     reasons = why_not_tiling(tiling, known)
     if reasons:
         raise Unsupported(f"triton cannot use this tiling ({tiling}): {'; '.join(reasons)}")
-    volume = prod(tiling.q_tile), prod(tiling.kv_tile)
     best = best_cut("forward", problem, hardware)
     if (best.rows, best.columns) == (tiling.q_tile, tiling.kv_tile):
-        return best.shape
-    return next(shape for shape in known if (shape.rows, shape.columns) == volume)
+        return best
+    volume = prod(tiling.q_tile), prod(tiling.kv_tile)
+    shape = next(shape for shape in known if (shape.rows, shape.columns) == volume)
+    return _cut("forward", problem, max(hardware.units, 1), shape, tiling.q_tile, tiling.kv_tile)
 
 
 def variant_of(kernel: str, problem: Problem, cut: Cut, precision: str, is_wide: bool) -> Variant:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -201,39 +201,60 @@ def fuzz(
     """
     seeds = range(first, first + count)
     families = [list(group) for _, group in groupby(seeds, lambda seed: seed // FAMILY)]
-    ran = with_gradients = 0
-    failures: list[str] = []
-    for done, graded, failed in _results(backend, str(device), families, jobs):
-        ran, with_gradients = ran + done, with_gradients + graded
-        failures += failed
+    found: list[Result] = []
+    for result in _results(backend, str(device), families, jobs):
+        found.append(result)
         if progress is not None:
-            progress(ran, count, failed)
-    return Fuzzed(backend.name, str(device), ran, with_gradients, tuple(failures))
+            progress(sum(each.ran for each in found), count, result.failures)
+    ran, with_gradients = sum(each.ran for each in found), sum(each.with_gradients for each in found)
+    return Fuzzed(backend.name, str(device), ran, with_gradients, tuple(f for each in found for f in each.failures))
 
 
-Result = tuple[int, int, tuple[str, ...]]
+class Result(NamedTuple):
+    """What became of the seeds of a family; `left` are those that a lost device kept from being tried."""
+
+    ran: int
+    with_gradients: int
+    failures: tuple[str, ...]
+    left: list[int]
 
 
 def _results(backend: Backend, device: str, families: list[list[int]], jobs: int) -> Iterator[Result]:
     if jobs <= 1:
-        yield from (_try(backend, device, seeds) for seeds in families)
+        for seeds in families:
+            result = _try(backend, device, seeds)
+            lost = (f"{len(result.left)} problems from seed {result.left[0]} on were not tried",) if result.left else ()
+            yield result._replace(failures=result.failures + lost)
         return
-    # A process that was forked cannot use CUDA.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_alone) as pool:
-        for done in as_completed([pool.submit(_try, backend, device, seeds) for seeds in families]):
-            yield done.result()
+    while families:
+        left: list[list[int]] = []
+        # A process that was forked cannot use CUDA.
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_alone) as pool:
+            for done in as_completed([pool.submit(_try, backend, device, seeds) for seeds in families]):
+                result = done.result()
+                left += [result.left] if result.left else []
+                yield result
+        families = left  # for processes that have not lost the device
 
 
 def _alone() -> None:
     torch.set_num_threads(1)
 
 
+_lost = False
+"""Whether an earlier problem has lost the device for this process, as an illegal access does."""
+
+
 def _try(backend: Backend, device: str, seeds: list[int]) -> Result:
-    place = torch.device(device)
-    hardware, failures, graded = present(place), list[str](), 0
-    for seed in seeds:
+    global _lost
+    failures: list[str] = []
+    ran = graded = 0
+    for seed in () if _lost else seeds:
         what = f"seed {seed}"
+        ran += 1
         try:
+            place = torch.device(device)
+            hardware = present(place)
             drawn = draw(seed, backend, hardware)
             what = str(drawn)
             graded += not backend.why_not_gradients(drawn.problem, hardware)
@@ -241,4 +262,7 @@ def _try(backend: Backend, device: str, seeds: list[int]) -> Result:
         except Exception as error:  # a crash is wrong, too, and the others go on
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             failures.append(f"{what}: {kind}{error}")
-    return len(seeds), graded, tuple(failures)
+            if isinstance(error, torch.AcceleratorError):
+                _lost = True
+                break
+    return Result(ran, graded, tuple(failures), seeds[ran:])

@@ -1,0 +1,114 @@
+"""Random problems: drawn the same everywhere, judged hard, and what is wrong is told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from vicinal.backends import blocked, reference
+from vicinal.backends import triton as portable
+from vicinal.backends.base import Gradients, Inputs, Output
+from vicinal.errors import Unsupported
+from vicinal.hardware import Hardware
+from vicinal.plan import Plan
+from vicinal.problem import Problem
+from vicinal.testing import fuzz, fuzzing
+from vicinal.testing.fuzzing import FAMILY, draw
+
+H100 = Hardware.named("h100-sxm")
+
+
+def test_a_seed_is_a_problem_that_the_backend_takes() -> None:
+    drawn = [draw(seed, portable.backend, H100) for seed in range(0, 2000, 17)]
+    assert drawn == [draw(seed, portable.backend, H100) for seed in range(0, 2000, 17)]
+    problems = [each.problem for each in drawn]
+    assert all(portable.backend.why_not(problem, H100) == () for problem in problems)
+    assert {problem.dtype for problem in problems} == {"float16", "bfloat16", "float32"}
+    assert {problem.rank for problem in problems} == {1, 2, 3}
+    for feature in ("position_bias", "additional", "is_causal"):
+        kinds = {
+            bool(any(value) if isinstance(value := getattr(problem, feature), tuple) else value) for problem in problems
+        }
+        assert kinds == {True, False}
+    assert any(problem.heads != problem.heads_kv for problem in problems)
+    assert any(problem.head_dim % 16 or problem.head_dim != problem.head_dim_v for problem in problems)
+    for each in drawn:
+        assert [what for what, _ in each.cuts] == ["forward", "queries", "keys"]
+
+
+def test_families_share_what_is_compiled() -> None:
+    family = [draw(seed, portable.backend, H100) for seed in range(FAMILY)]
+    assert len({each.cuts for each in family}) <= 8
+    kinds = {
+        (p.rank, p.dtype, p.head_dim, p.head_dim_v, p.position_bias, p.additional > 0)
+        for p in (e.problem for e in family)
+    }
+    assert len(kinds) == 1
+    assert len({each.problem for each in family}) > FAMILY - 3
+
+
+@dataclass(frozen=True)
+class Wrong(blocked.Blocked):
+    """The blocked backend with a mistake that only some windows show."""
+
+    name: str = "wrong"
+
+    def forward(self, plan: Plan, inputs: Inputs) -> Output:
+        output = super().forward(plan, inputs)
+        if max(plan.problem.stride) > 1:
+            return output._replace(lse=output.lse + 1e-2)
+        return output
+
+    def backward(
+        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
+        return super().backward(plan, inputs, output, grad_out, grad_lse)
+
+
+def test_a_mistake_is_found_and_can_be_repeated() -> None:
+    found = fuzz(Wrong(), 20)
+    assert not found.holds and found.ran == 20 and 0 < len(found.failures) < 20
+    seed = int(re.match(r"seed (\d+): .*lse is off by", found.failures[0])[1])  # type: ignore[index]
+    again = fuzz(Wrong(), 1, first=seed)
+    assert again.failures == found.failures[:1]
+    assert found.failures[0] in str(found) and f"{len(found.failures)} wrong" in str(found)
+
+
+@dataclass(frozen=True)
+class Crashing(blocked.Blocked):
+    """Loses the device, as an illegal access does."""
+
+    name: str = "crashing"
+
+    def forward(self, plan: Plan, inputs: Inputs) -> Output:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_lost_device_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzzing, "_lost", False)
+    found = fuzz(Crashing(), 3)
+    assert found.ran == 1 and not found.holds
+    assert "AcceleratorError" in found.failures[0] and found.failures[1] == "2 problems from seed 1 on were not tried"
+
+
+def test_processes_share_the_work() -> None:
+    done: list[int] = []
+    found = fuzz(reference.backend, 2, first=FAMILY - 1, jobs=2, progress=lambda ran, total, failed: done.append(ran))
+    assert found.holds and found.ran == 2 and done == [1, 2]
+
+
+@dataclass(frozen=True)
+class Picky(blocked.Blocked):
+    name: str = "picky"
+
+    def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        return ("never runs",)
+
+
+def test_a_backend_that_takes_nothing_is_an_error_in_words() -> None:
+    with pytest.raises(Unsupported, match="picky takes no problem on h100-sxm: never runs"):
+        draw(0, Picky(), H100)
