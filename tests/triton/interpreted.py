@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
@@ -18,7 +19,19 @@ from vicinal._tuples import ceil_div
 from vicinal.backends import present
 from vicinal.backends import triton as portable
 from vicinal.backends.triton import compile as compiling
-from vicinal.backends.triton.tile import span_of, viewers_start, viewers_stop, window_start, window_stop
+from vicinal.backends.triton.tile import (
+    boxes_of,
+    is_full,
+    mask_of,
+    next_box,
+    span_of,
+    tile_of,
+    viewers_start,
+    viewers_stop,
+    window_start,
+    window_stop,
+    windows_of,
+)
 from vicinal.backends.triton.variant import AxisArgs, Variant
 from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
@@ -131,3 +144,43 @@ def test_spans_are_the_plans(axis: Axis, kernel: str) -> None:
         origin, reach, full_start, full_stop = rows[span.group, span.first]
         assert (origin, reach) == (span.origin, 4 * span.visited)
         assert (full_start, full_stop) == (span.full_start - span.origin, span.full_stop - span.origin)
+
+
+@triton.jit
+def _boxes(out, axes, most, V: tl.constexpr):  # noqa: N803
+    tile = tile_of(axes, 1, V)
+    windows = windows_of(tile, axes, V)
+    row = out + tl.program_id(0) * most * 2
+    t = 0
+    h = 0
+    w = 0
+    for number in tl.range(0, boxes_of(tile, V)):
+        tl.store(row + 2 * number, is_full(t, h, w, tile, V).to(tl.int32))
+        tl.store(row + 2 * number + 1, tl.sum(tl.sum(mask_of(windows, t, h, w, V).to(tl.int32), 1), 0))
+        t, h, w = next_box(t, h, w, tile, V)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "keys"])
+@pytest.mark.parametrize("seed", range(2))
+def test_boxes_are_full_where_every_row_sees_every_column(seed: int, kernel: str) -> None:
+    rng = random.Random(seed)
+    shape = rng.sample(range(5, 8), 3)
+    problem = Problem.grid(
+        shape,
+        tuple(rng.randint(4, length) for length in shape),
+        stride=tuple(rng.choice((1, 4)) for _ in shape),
+        is_causal=tuple(rng.random() < 0.3 for _ in shape),
+    )
+    variant = replace(PROBE, kernel=kernel, rank=3, rows=(2, 2, 4), columns=(1, 2, 2))
+    plans = [
+        AxisPlan(axis, rows, columns, is_inverse=kernel == "keys")
+        for axis, rows, columns in zip(problem.axes, variant.rows, variant.columns, strict=True)
+    ]
+    tiles, most = prod(plan.q_tiles for plan in plans), prod(plan.most_visited for plan in plans)
+    out = torch.full((tiles, most, 2), -1, dtype=torch.int32)
+    args = tuple(arguments(axis, rows) for axis, rows in zip(problem.axes, variant.rows, strict=True))
+    run(_boxes, tiles, out, args, most, variant)
+    visited = out[out[..., 0] >= 0]
+    assert len(visited) == prod(plan.visited for plan in plans)
+    assert visited[:, 0].sum() == prod(plan.full for plan in plans) > 0
+    assert torch.equal(visited[:, 0] == 1, visited[:, 1] == variant.row_count * variant.column_count)
