@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -220,6 +221,17 @@ def test_files_lie_where_the_system_keeps_caches(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.platform", platform)
     assert tuned.cache_folder().as_posix() == expected
+
+
+def test_a_user_without_a_folder_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (tuned.VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert tuned.cache_folder() == Path(tempfile.gettempdir()) / ".cache" / "vicinal"
 
 
 @pytest.mark.parametrize("what", ["forward", *portable.backend.gradient_passes])

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -110,12 +111,20 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        base = os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local"
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = _home() / "Library" / "Caches"
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = os.environ.get("XDG_CACHE_HOME") or _home() / ".cache"
     return Path(base) / "vicinal"
+
+
+def _home() -> Path:
+    """The user's folder, or that of temporary files for a user without one, as some containers have."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
 
 
 def path_of(device: str, folder: Path | None = None) -> Path:

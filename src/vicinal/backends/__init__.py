@@ -24,7 +24,7 @@ from vicinal.tiling import Tiling
 ALL: tuple[Backend, ...] = (hopper.backend, triton.backend, fused.backend, blocked.backend, reference.backend)
 
 VARIABLE = "VICINAL_BACKEND"
-"""The one environment variable: a backend's name, used where a call names none."""
+"""The environment variable that names a backend where a call names none. `tuned` and `tuning` have one each."""
 
 
 @dataclass(frozen=True)
