@@ -2,9 +2,9 @@
 
     time = max(sum over blocks of (start + boxes * pace + masked * mask) / multiprocessors, one block)
 
-`boxes` and `masked` are pairs of tiles as the plan counts them. The rates are those of one H100, solved for from times of
-single passes (benchmarks/results/nvidia-h100-80gb-hbm3/portable-passes.csv); on other devices they rank tiles by the
-same proportions.
+`boxes` and `masked` are pairs of tiles as the plan counts them. The rates are those of one H100, solved for from
+times of single passes (benchmarks/results/nvidia-h100-80gb-hbm3/portable-passes.csv); on other devices they rank tiles
+by the same proportions.
 """
 
 from __future__ import annotations
