@@ -1,9 +1,10 @@
-"""Run by `torchrun`: two epochs of a task without anything random but the order of examples."""
+"""Run in several processes: two epochs of a task without anything random but the order of examples."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,4 +45,7 @@ if __name__ == "__main__":
     torch.manual_seed(1)
     run = Run(nn.Linear(5, 3), Line(x, x[:, :3] * 2), Recipe(epochs=2, batch=8, rate=1e-2), cpu=True)
     run.fit(sys.argv[1])
-    print(run.machine.num_processes, *SHARES)
+    seen = Path(sys.argv[1]) / f"seen-{run.machine.process_index}.txt"
+    seen.write_text(f"{run.machine.num_processes} {SHARES}")
+    run.machine.wait_for_everyone()
+    run.machine.end_training()

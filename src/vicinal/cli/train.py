@@ -60,6 +60,7 @@ def train(
             network = choice.models[model]()
         run = Run(network, problem, recipe, cpu=cpu)
         history = run.fit(folder, update)
+    run.machine.end_training()  # the processes part
     if not run.machine.is_main_process:
         return
     facts = {"model": model, **run.facts(), "device": _device(run.machine.device), "last": history[-1]}
