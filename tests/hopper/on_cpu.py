@@ -38,6 +38,11 @@ class Array(np.ndarray):
     def __mod__(self, other: Any) -> Array:
         return array(np.asarray(self) - np.asarray(other) * np.asarray(self // other))
 
+    def __iadd__(self, other: Any) -> Array:
+        if np.broadcast_shapes(self.shape, np.shape(other)) != self.shape:
+            return array(np.asarray(self) + np.asarray(other))
+        return super().__iadd__(other)
+
     def to(self, dtype: Any, bitcast: bool = False) -> Array:
         return self.view(dtype) if bitcast else self.astype(dtype).view(Array)
 
@@ -168,9 +173,28 @@ class Pointer:
         return 0 if self.memory is None else 1
 
 
-def _load(pointer: Pointer) -> Array:
+def _load(pointer: Pointer, mask: Any = True, other: float = 0.0) -> Array:
     assert pointer.memory is not None
-    return array(pointer.memory[np.asarray(pointer.offset)])
+    found = np.where(mask, pointer.memory[np.where(mask, np.asarray(pointer.offset), 0)], other)
+    found = found.astype(pointer.memory.dtype)
+    return array(found.ravel() if found.size > 1 else found)
+
+
+def _expand_dims(x: np.ndarray, axis: int) -> Array:
+    """Of a row, which sums of rows and numbers are here, as of what it stands for."""
+    return array(np.expand_dims(x.ravel() if x.ndim == 2 and x.shape[0] == 1 else x, axis))
+
+
+def _copy(smem: Shared, pointer: Pointer, mask: Any) -> None:
+    assert pointer.memory is not None
+    found = np.where(mask, pointer.memory[np.where(mask, np.asarray(pointer.offset), 0)], 0)
+    smem.store(found)
+
+
+ASYNC_COPY = types.SimpleNamespace(
+    async_copy_global_to_shared=_copy,
+    mbarrier_arrive=lambda barrier, increment_count: barrier.note(32, 0),  # every lane
+)
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = True) -> None:
@@ -208,10 +232,10 @@ def _product(a: Any, b: Shared, c: Any, use_acc: bool = True, is_async: bool = F
 def _specialize(parts: list[tuple[Any, tuple[Any, ...]]], warps: Any, registers: Any) -> None:
     """Run the partitions at the same time, and raise what one of them raises."""
     errors: list[BaseException] = []
-    ids = _block.ids
+    ids, grid = _block.ids, getattr(_block, "grid", None)
 
     def run(function: Any, args: tuple[Any, ...]) -> None:
-        _block.ids = ids
+        _block.ids, _block.grid = ids, grid
         try:
             function(*args)
         except BaseException as error:
@@ -250,7 +274,9 @@ LANGUAGE = types.SimpleNamespace(
     exp2=lambda x: array(np.exp2(x)),
     full=lambda shape, value, dtype, layout=None: array(np.full(shape, value, dtype)),
     arange=lambda start, stop, layout=None: array(np.arange(start, stop, dtype=np.int32)),
-    expand_dims=lambda x, axis: array(np.expand_dims(x, axis)),
+    expand_dims=_expand_dims,
+    num_programs=lambda axis: array(_block.grid[axis]),
+    cdiv=lambda a, b: (a + b - 1) // b,
     convert_layout=lambda x, layout: x,
     load=_load,
     store=_store,
@@ -263,13 +289,13 @@ LANGUAGE = types.SimpleNamespace(
 )  # fmt: skip
 
 
-def device() -> types.SimpleNamespace:
-    """The functions of the kernels."""
+def device(*modules: types.ModuleType) -> types.SimpleNamespace:
+    """The functions of these modules of kernels, or of the forward ones."""
     names: dict[str, Any] = {}
-    for module in (tile, mask, softmax, forward_small, forward):
+    for module in (tile, mask, softmax, *(modules or (forward_small, forward))):
         names |= {key: value for key, value in vars(module).items() if not key.startswith("__")}
-    kernels = {"forward": forward.forward, "forward_small": forward_small.forward_small}
-    names |= kernels
+    if not modules:
+        names |= {"forward": forward.forward, "forward_small": forward_small.forward_small}
     for name, value in list(names.items()):
         if isinstance(value, JITFunction):
             names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)
@@ -279,6 +305,7 @@ def device() -> types.SimpleNamespace:
         "__builtins__": builtins,
         "gl": LANGUAGE,
         "mbarrier": MBARRIER,
+        "async_copy": ASYNC_COPY,
         "tma": types.SimpleNamespace(store_wait=_nothing),
         "range": lambda *bounds: builtins.range(*map(number, bounds)),
         "load_box": lambda desc, place, barrier, smem: desc.load(place, barrier, smem),
@@ -295,6 +322,7 @@ def device() -> types.SimpleNamespace:
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any) -> None:
     """Run every block of a grid, one after another."""
+    _block.grid = tuple(grid)
     for ids in np.ndindex(*grid):
         _block.ids = ids
         kernel(*args)

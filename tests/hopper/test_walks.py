@@ -99,7 +99,7 @@ def seen_by(mask: Any, args: Any, variant: Variant, box: tuple[int, ...]) -> np.
     box = tuple(map(array, box))
     if variant.mask == "coded":
         codes = DEVICE.penalties(mask, *box, None, variant)
-        places = DEVICE.place_code(variant, 4).value
+        places = DEVICE.place_code(variant, 4).memory
         hidden = np.asarray(codes, np.float64) @ np.asarray(places, np.float64).T
         assert ((hidden == 0) | (hidden <= -(2.0**100))).all(), "what is added to a score is neither 0 nor huge"
         return np.broadcast_to(hidden == 0, (64, variant.keys))

@@ -1,0 +1,132 @@
+"""Whole kernels of the Hopper backward against the definition, on any machine: their own source, run by NumPy.
+
+They are told what the host side tells them: only the driver is replaced. `VICINAL_FUZZ=2000 pytest
+tests/hopper/test_gradients_on_cpu.py` runs that many random problems; few by default.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels' source needs triton, which is not installed")
+
+from on_cpu import Map, Pointer, array, device, launch
+
+from vicinal.backends.base import Inputs
+from vicinal.backends.hopper import backward, backward_keys, backward_queries, cost_backward
+from vicinal.backends.hopper.launch import Geometry, Layout, layout_of
+from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Sums, Variant
+from vicinal.problem import Problem
+from vicinal.testing.truth import truth_and_eager
+
+KERNELS = {
+    "keys": device(backward_keys).key_gradients,
+    "additional": device(backward_keys).additional_gradients,
+    "queries": device(backward_queries).query_gradients,
+}
+LOG2_E = 1.4426950408889634
+
+
+class Told:
+    """In the place of `launch.TensorMap`: what it was told."""
+
+    def __init__(self, place: Geometry, dtype: str, box: tuple[int, ...], head_dim: int) -> None:
+        self.place, self.box, self.head_dim = place, box, head_dim
+
+    def of(self, memory: np.ndarray[Any, Any]) -> Map:
+        return Map(memory, self.place, self.box, self.head_dim, prod(self.box))
+
+
+class Run:
+    """In the place of `launch.Call`: runs a kernel on the arrays that its addresses stand for."""
+
+    arrays: dict[int, np.ndarray[Any, Any]] = {}  # noqa: RUF012
+    rooms: dict[int, int] = {}  # noqa: RUF012
+
+    def __init__(
+        self, variant: Variant | Sums, grid: tuple[int, int, int], maps: Sequence[Told], pointers: int,
+        integers: Sequence[int], floats: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        self.variant, self.grid, self.maps, self.integers, self.floats = variant, grid, maps, integers, floats
+
+    def start(self, addresses: Sequence[int], pointers: Sequence[int], stream: int) -> None:
+        if isinstance(self.variant, Sums):
+            return
+        at = dict(zip(dict.fromkeys(self.maps), addresses, strict=True))
+        maps = [told.of(self.arrays[at[told]][(self.rooms[at[told]] - told.place.room) // 2 :]) for told in self.maps]
+        numbers = [array(n) for n in self.integers]
+        axes = tuple(AxisArgs(*numbers[6 * i : 6 * i + 6]) for i in range(3))
+        steps = tuple(StepArgs(*numbers[18 + 4 * i : 22 + 4 * i]) for i in range(len(maps)))
+        rest = numbers[18 + 4 * len(maps) :]
+        given = [Pointer(self.arrays.get(pointer)) for pointer in pointers]
+        launch(KERNELS[self.variant.kernel], self.grid, *maps, *given, axes, steps, *rest, *self.floats, self.variant)
+
+
+def draw(seed: int) -> Problem:
+    """A small problem of any features."""
+    rng = random.Random(seed)
+    rank = rng.choice((1, 2, 3, 3))
+    shape = tuple(rng.randint(1, {1: 90, 2: 12, 3: 6}[rank]) for _ in range(rank))
+    dilation = tuple(rng.choice((1, 1, rng.randint(1, n))) for n in shape)
+    kernel = tuple(rng.randint(1, n // d) for n, d in zip(shape, dilation, strict=True))
+    heads_kv = rng.randint(1, 2)
+    return Problem.grid(
+        shape, kernel, stride=tuple(rng.choice((1, rng.randint(1, k))) for k in kernel), dilation=dilation,
+        is_causal=tuple(rng.random() < 0.3 for _ in shape), batch=rng.randint(1, 2),
+        heads=heads_kv * rng.randint(1, 2), heads_kv=heads_kv, head_dim=rng.choice((32, 64, 128)), dtype="bfloat16",
+        additional=rng.choice((0, 0, rng.randint(1, 150))),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("VICINAL_FUZZ", "16"))))
+def test_kernels_compute_gradients(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, rng = draw(seed), random.Random(seed)
+    ranked = {kernel: cost_backward.ranked_cuts(kernel, problem, 10_000) for kernel in ("keys", "queries")}
+    cuts = {kernel: rng.choice((found[0], rng.choice(found))) for kernel, found in ranked.items()}
+    monkeypatch.setattr(backward, "ranked_cuts", lambda kernel, _: (cuts[kernel],))
+    monkeypatch.setattr(backward, "function", lambda variant, _: variant)
+    monkeypatch.setattr(backward, "Call", Run)
+    monkeypatch.setattr(backward, "TensorMap", Told)
+    noise = torch.Generator().manual_seed(seed)
+    grid, more = (problem.batch, *problem.shape), (problem.batch, problem.additional)
+    shapes = [(*grid, problem.heads), *[(*grid, problem.heads_kv)] * 2, *[(*more, problem.heads_kv)] * 2]
+    tensors = [
+        torch.randn(*s, problem.head_dim, generator=noise) for s in (shapes if problem.additional else shapes[:3])
+    ]
+    grad_out = torch.randn(*shapes[0], problem.head_dim, generator=noise)
+    grad_lse = torch.randn(*shapes[0], generator=noise)
+    inputs = Inputs(*tensors)
+    flat = {"grad_out": grad_out.flatten(1, problem.rank), "grad_lse": grad_lse.flatten(1, problem.rank)}
+    truth, _ = truth_and_eager(replace(problem, dtype="float32"), inputs, **flat)
+    delta = (truth.out * flat["grad_out"].double()).sum(-1) - flat["grad_lse"].double()
+    by_head = [x.transpose(1, 2).contiguous().numpy().astype(np.float32).ravel() for x in (truth.lse * LOG2_E, delta)]
+    layouts: list[Layout] = [layout_of(t.shape, t.stride()) for t in (tensors[0], grad_out, *tensors[1:])]
+    passes = backward.Passes(problem, layouts, 0)
+
+    def placed(tensor: torch.Tensor, room: int) -> np.ndarray[Any, Any]:
+        return np.concatenate([np.full(room // 2, np.nan, np.float32), tensor.numpy().ravel()])
+
+    given = [placed(t, room) for t, room in zip((tensors[0], grad_out, *tensors[1:]), passes.rooms, strict=True)]
+    rooms = [passes.rooms[0], *passes.rooms[2:4]]
+    grads = [placed(torch.full_like(t, torch.nan), room) for t, room in zip(tensors[:3], rooms, strict=True)]
+    partial = [np.full(prod(passes.partial_shape), np.nan, np.float32) for _ in range(2)]
+    Run.arrays = dict(enumerate([*given, *grads, *by_head, *partial], 1))
+    Run.rooms = dict(enumerate([*passes.rooms, *rooms], 1))
+    n = len(given)
+    sums = (n + 4, n + 5)
+    passes.start(range(1, n + 1), range(n + 1, n + 4), (), sums, (n + 6, n + 7), 0, 0)
+    found = [g[room // 2 :].reshape(t.shape) for g, room, t in zip(grads, rooms, tensors, strict=False)]
+    if problem.additional:
+        found += [p.reshape(passes.partial_shape).sum(0) for p in partial]
+    for name, ours in zip(inputs._fields, found, strict=False):
+        wanted = truth.gradients[name].reshape(ours.shape).numpy()
+        np.testing.assert_allclose(ours, wanted, rtol=1e-3, atol=2e-4 * max(1.0, np.abs(wanted).max()), err_msg=name)
