@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -71,10 +72,44 @@ def test_digits_are_read_in_place_and_scaled(quality, mnist):
     assert (images[:, :, :2] == -1).all()
 
 
+def test_training_is_flow_matching_that_drawing_follows_back(quality):
+    """Of one image only, what is drawn from noise comes near it; the average of weights is still on its way there."""
+    effort = replace(quality.TINY, batch=4, digits=10, steps=8)
+    image = torch.full((1, 1, quality.SIDE, quality.SIDE), -1.0)
+    image[..., 8:24, 12:20] = 1.0
+    torch.manual_seed(0)
+    model = quality.new_model(effort, torch.device("cpu"))
+    images, labels = image.expand(10, -1, -1, -1), torch.arange(10)
+    average, steps = quality.train(model, images, labels, effort, 150, 1e9, 3e-3)
+    assert steps == 150 and average is not model
+    found, wanted = quality.drawn(model.eval(), quality.Case(16), effort, torch.device("cpu"))
+    assert torch.equal(wanted, labels)
+    assert (found - image).square().mean() < 0.2 * image.var()
+
+
+def test_cases_are_on_the_model_as_they_say(quality):
+    model = quality.new_model(quality.TINY, torch.device("cpu"))
+    x, label = torch.randn(1, 256, 4), torch.zeros(1, dtype=torch.long)
+    seen = []
+    with torch.no_grad(), quality.Case(6, 2, dense_steps=1).on(model) as handle:
+        for share in (1.0, 0.5):
+            quality.velocity(model, x, label, torch.tensor([share]))
+            seen.append({setting and (setting.kernel_size, setting.stride) for setting in handle.settings})
+    assert seen == [{None}, {((6, 6), (2, 2))}]
+
+
 def test_a_run_trains_swaps_tunes_and_judges(quality, mnist, tmp_path, monkeypatch):
     chosen = (quality.Case(16), quality.Case(4, 2, dense_steps=1), quality.Case(8, 8, is_tuned=True))
     monkeypatch.setattr(quality, "cases", lambda effort: chosen)
+    own, trained_with = quality.train, []
+
+    def train(model, *rest):
+        trained_with.append(type(model.transformer_blocks[0].attn.processor).__module__.split(".")[0])
+        return own(model, *rest)
+
+    monkeypatch.setattr(quality, "train", train)
     quality.run(mnist, tmp_path / "out", 1e9, tiny=True)
+    assert trained_with == ["diffusers", "vicinal"]
     rows, common = sys.modules["quality_rows"].read_rows(tmp_path / "out" / "quality.csv")
     assert [(row.kernel_size, row.stride, row.dense_steps, row.is_tuned) for row in rows] == [
         (16, 1, 0, False),
