@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
 from vicinal.backends.hopper.cost import MULTIPROCESSORS, Rate, boxes, q_tiles
-from vicinal.backends.hopper.variant import Variant, code_width, split, three
+from vicinal.backends.hopper.variant import Variant, code_width, mask_for, variant_for
 from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
 
@@ -33,8 +33,6 @@ RATES: dict[tuple[str, int, int, int], Rate] = {
 multiprocessor."""
 
 HEAD_DIMS = tuple(sorted({head_dim for _, head_dim, _, _ in RATES}))
-
-STAGES = 2
 
 
 class Cut(NamedTuple):
@@ -64,7 +62,7 @@ def _cuts(kernel: str, problem: Problem) -> Iterator[Cut]:
                 continue
             counts = [_counts(axis, r, c, is_inverse) for axis, r, c in zip(problem.axes, row_tile, box, strict=True)]
             tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
-            mask = "none" if visited == full else "coded" if width <= 32 else "select"
+            mask = "none" if visited == full else mask_for(box)
             pace = rate.pace
             if mask == "coded":
                 pace += rate.coded * (1 + is_reduced + 2 * (width > 16))
@@ -73,28 +71,7 @@ def _cuts(kernel: str, problem: Problem) -> Iterator[Cut]:
             one = rate.start + consumers * (longest * repeats + additional) * pace
             everything = tiles * rate.start + consumers * (visited * repeats + tiles * additional) * pace
             time = max(problem.batch * heads * everything / MULTIPROCESSORS, one) / 1e3
-            yield Cut(variant_of(kernel, problem, row_tile, box, mask), time)
-
-
-def variant_of(kernel: str, problem: Problem, row_tile: tuple[int, ...], box: tuple[int, ...], mask: str) -> Variant:
-    """What is compiled for a pass that is cut that way."""
-    parts = split(row_tile)
-    assert parts is not None
-    row_box, stack, consumers = parts
-    return Variant(
-        dtype=problem.dtype,
-        head_dim=problem.head_dim,
-        rank=problem.rank,
-        box=row_box,
-        stack=stack,
-        consumers=consumers,
-        kv_box=three(box),
-        stages=STAGES,
-        mask=mask,
-        is_causal=mask != "none" and any(problem.is_causal),
-        has_additional=kernel == "queries" and problem.additional > 0,
-        kernel=kernel,
-    )
+            yield Cut(variant_for(problem, row_tile, box, mask, kernel), time)
 
 
 @lru_cache(maxsize=1024)
@@ -114,16 +91,4 @@ def additional_variant(problem: Problem) -> Variant:
     def padded(box: tuple[int, ...]) -> tuple[int, int]:
         return prod(ceil_div(axis.length, n) * n for axis, n in zip(problem.axes, box, strict=True)), -box[-1]
 
-    box = min(boxes(64, problem.rank), key=padded)
-    return Variant(
-        dtype=problem.dtype,
-        head_dim=problem.head_dim,
-        rank=problem.rank,
-        box=(1, 1, 64),
-        stack=2,
-        consumers=2,
-        kv_box=three(box),
-        stages=STAGES,
-        mask="none",
-        kernel="additional",
-    )
+    return variant_for(problem, (128,), min(boxes(64, problem.rank), key=padded), "none", "additional")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vicinal.errors import Unsupported
 from vicinal.plan import Plan
-from vicinal.problem import Axis
+from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
 
 ROWS = 64
@@ -261,27 +261,33 @@ def variant_of(plan: Plan) -> Variant:
     reasons = why_not_tiling(tiling, problem.head_dim)
     if reasons:
         raise Unsupported(f"hopper cannot use this tiling ({tiling}): {'; '.join(reasons)}")
-    parts = split(tiling.q_tile)
-    assert parts is not None  # why_not_tiling has just looked
-    box, stack, consumers = parts
-    kv_box = three(tiling.kv_tile)
-    mask = (
-        "none"
-        if plan.masked == 0 and not is_odd_box(tiling.kv_tile)
-        else "coded"
-        if code_width(tiling.kv_tile)[0] <= 32
-        else "select"
-    )
+    hides = plan.masked > 0 or is_odd_box(tiling.kv_tile)
+    return variant_for(problem, tiling.q_tile, tiling.kv_tile, mask_for(tiling.kv_tile) if hides else "none")
+
+
+def mask_for(kv_box: tuple[int, ...]) -> str:
+    """How boxes of columns are masked where some must be."""
+    return "coded" if code_width(kv_box)[0] <= 32 else "select"
+
+
+def variant_for(
+    problem: Problem, row_tile: tuple[int, ...], box: tuple[int, ...], mask: str, kernel: str = "forward"
+) -> Variant:
+    """What is compiled for a pass of `problem` that walks boxes of columns by tiles of rows."""
+    parts = split(row_tile)
+    assert parts is not None  # whoever chose the tile has looked
+    row_box, stack, consumers = parts
     return Variant(
         dtype=problem.dtype,
         head_dim=problem.head_dim,
         rank=problem.rank,
-        box=box,
+        box=row_box,
         stack=stack,
         consumers=consumers,
-        kv_box=kv_box,
+        kv_box=three(box),
         stages=2 if consumers < 3 else 3,
         mask=mask,
         is_causal=mask != "none" and any(problem.is_causal),
-        has_additional=problem.additional > 0,
+        has_additional=kernel in ("forward", "queries") and problem.additional > 0,
+        kernel=kernel,
     )
