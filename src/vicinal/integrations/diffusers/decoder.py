@@ -30,7 +30,8 @@ class LTX2DecoderProcessor:
         self.backend = backend
 
     def __call__(self, attn: Any, hidden_states: Tensor, block_mask: None = None) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # A compiler fuses the model's own rotation into one pass over memory, and cannot fuse complex numbers.
             query, key, value = attn.project_qkv(hidden_states)
             scale = 1.0  # the model's own projection has scaled the query
         else:
