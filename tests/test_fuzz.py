@@ -17,7 +17,10 @@ from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.testing import fuzz, fuzzing
+from vicinal.testing.cases import make_inputs, make_output_gradients
 from vicinal.testing.fuzzing import FAMILY, draw
+from vicinal.testing.trial import Trial, assert_solved
+from vicinal.testing.truth import truth_and_eager
 
 H100 = Hardware.named("h100-sxm")
 
@@ -76,6 +79,31 @@ def test_a_mistake_is_found_and_can_be_repeated() -> None:
     again = fuzz(Wrong(), 1, first=seed)
     assert again.failures == found.failures[:1]
     assert found.failures[0] in str(found) and f"{len(found.failures)} wrong" in str(found)
+
+
+@dataclass(frozen=True)
+class Shifted(reference.Reference):
+    """Log-sum-exps off by a constant."""
+
+    name: str = "shifted"
+    off: float = 0.0
+
+    def forward(self, plan: Plan, inputs: Inputs) -> Output:
+        output = super().forward(plan, inputs)
+        return output._replace(lse=output.lse + self.off)
+
+
+def test_where_plain_pytorch_is_exact_one_rounding_of_the_sum_of_weights_is_allowed_and_no_more() -> None:
+    # One key and a scale of nothing: every log-sum-exp is 0 to the bit.
+    problem = Problem.grid((11, 4), 1, scale=0.0, head_dim=8, dtype="float32")
+    cpu, hardware = torch.device("cpu"), Hardware.named("cpu")
+    inputs, gradients = make_inputs(problem, cpu, 0), make_output_gradients(problem, cpu, 0)
+    flat = [each.flatten(1, problem.rank) for each in gradients]
+    answers = truth_and_eager(problem, inputs, grad_out=flat[0], grad_lse=flat[1])
+    assert not answers[0].lse.any() and not answers[1].lse.any()
+    assert_solved(Trial(Shifted(off=1e-23), problem, cpu, hardware, 0), inputs, gradients, answers)
+    with pytest.raises(AssertionError, match=r"lse is off by 1\.000e-06 where 1\.192e-07 is allowed"):
+        assert_solved(Trial(Shifted(off=1e-6), problem, cpu, hardware, 0), inputs, gradients, answers)
 
 
 @dataclass(frozen=True)
