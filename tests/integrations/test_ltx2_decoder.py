@@ -59,6 +59,58 @@ def test_our_processor_equals_dense_attention_under_the_same_mask():
     assert_as_good_as_eager(ours, eager, true, slack=4.0)
 
 
+INTERPRETED = """
+import torch
+from diffusers.models.autoencoders import ltx2_diffusion_decoder as decoder
+from vicinal.integrations.diffusers.decoder import turns_of
+from vicinal.integrations.diffusers.rotation import norm_and_rotate_
+
+torch.manual_seed(0)
+for shape, dtype in (((2, 3, 5, 4, 3, 64), torch.float32), ((1, 4, 2, 7, 5, 8), torch.float32),
+                     ((1, 2, 3, 5, 4, 32), torch.float16)):
+    norm, rope = torch.nn.RMSNorm(shape[-1], eps=1e-3), decoder.LTX2VideoVaeRotaryPosEmbed3D(shape[-1], base=100.0)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.to(dtype)
+        x = torch.randn(shape, dtype=dtype)
+        wanted = rope(norm(x))
+        split = rope.rope_dim_split
+        turns = turns_of(shape[1:4], split, rope.base, x.device)
+        found = norm_and_rotate_(x, norm.weight, norm.eps, turns, tuple(channels // 2 for channels in split))
+    assert found is x
+    torch.testing.assert_close(found, wanted, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+print("equal")
+"""
+
+
+def test_the_kernel_norms_and_rotates_as_the_model_does():
+    pytest.importorskip("triton", reason="interpreting kernels needs triton, which is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["equal"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120, "gfx942"])
+def test_the_kernel_compiles_everywhere(arch):
+    triton = pytest.importorskip("triton", reason="compiling kernels needs triton, which is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vicinal.integrations.diffusers.rotation import norm_and_rotate
+
+    kinds = dict.fromkeys(norm_and_rotate.arg_names, "i32") | {
+        "x": "*bf16",
+        "weight": "*bf16",
+        "turns": "*fp32",
+        "eps": "fp32",
+    }
+    fixed = {"D": 64, "T_PAIRS": 8, "H_PAIRS": 12, "W_PAIRS": 12, "ROWS": 32}
+    kinds |= dict.fromkeys(fixed, "constexpr")
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    kernel = triton.compile(ASTSource(norm_and_rotate, kinds, fixed), target=target)
+    assert kernel.asm["hsaco" if isinstance(arch, str) else "cubin"]
+
+
 def test_our_processor_has_the_models_gradients():
     found = specimen("ltx2-decoder")
     model = found.build(tiny=True, dtype=torch.float64)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vicinal.functional import neighborhood_attention
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 FRAMES = 4
 """Frames that are rotated at once: large videos are to need no second copy in float32."""
@@ -35,14 +38,38 @@ class LTX2DecoderProcessor:
             query, key, value = attn.project_qkv(hidden_states)
             scale = 1.0  # the model's own projection has scaled the query
         else:
-            heads = (attn.heads, attn.head_dim)
-            query = _rotated(attn.norm_q(attn.to_q(hidden_states).unflatten(-1, heads)), attn.rope)
-            key = _rotated(attn.norm_k(attn.to_k(hidden_states).unflatten(-1, heads)), attn.rope)
-            value = attn.to_v(hidden_states).unflatten(-1, heads)
+            query = _placed(attn.to_q(hidden_states), attn.norm_q, attn)
+            key = _placed(attn.to_k(hidden_states), attn.norm_k, attn)
+            value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, attn.head_dim))
             scale = attn.scale
         out = neighborhood_attention(query, key, value, attn.kernel_size, scale=scale, backend=self.backend)
         del query, key, value
         return attn.to_out[0](out.flatten(-2))
+
+
+def _placed(x: Tensor, norm: Any, attn: Any) -> Tensor:
+    """Heads of `x [B, T, H, W, C]`, normed and rotated, without a second copy in float32; `x` is not used again."""
+    x = x.unflatten(-1, (attn.heads, attn.head_dim))
+    split = attn.rope.rope_dim_split
+    if x.is_cuda and x.is_contiguous() and x.dtype in KERNEL_DTYPES and attn.head_dim.bit_count() == 1:
+        from vicinal.integrations.diffusers.rotation import norm_and_rotate_
+
+        turns = turns_of(tuple(x.shape[1:4]), split, attn.rope.base, x.device)
+        return norm_and_rotate_(x, norm.weight, norm.eps, turns, tuple(channels // 2 for channels in split))
+    return _rotated(norm(x), attn.rope)
+
+
+@lru_cache(maxsize=32)
+def turns_of(grid: tuple[int, ...], split: tuple[int, ...], base: float, device: torch.device) -> Tensor:
+    """Cosines and sines `[2, n]` of every position of every axis, with all frequencies of that axis: few numbers."""
+    angles: list[Tensor] = []
+    with torch.inference_mode(False):
+        for length, channels in zip(grid, split, strict=True):
+            exponents = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+            frequencies = (1.0 / base**exponents).float()
+            angles.append((torch.arange(length, dtype=torch.float32)[:, None] * frequencies).flatten())
+        all_angles = torch.cat(angles)
+        return torch.stack([all_angles.cos(), all_angles.sin()]).to(device)
 
 
 def _rotated(x: Tensor, rope: Any) -> Tensor:
