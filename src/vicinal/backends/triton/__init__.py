@@ -19,6 +19,7 @@ from vicinal.backends.devices import present
 from vicinal.backends.triton.cost import NAME, Cut, Shape, best_cut, choice_of, forward_cut, open_cuts, ranked_tilings
 from vicinal.backends.triton.interpreter import is_installed, is_interpreting
 from vicinal.backends.triton.launch import Operands
+from vicinal.backends.triton.variant import FACTS
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -106,13 +107,15 @@ class Triton:
             return Gradients(*(grad.zero_() for grad in grads))._replace(position_bias=table)
         lse = output.lse.contiguous()
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
-        sums, delta = torch.empty(2, problem.batch, problem.heads, *problem.shape, device=lse.device)
+        facts = torch.empty(problem.batch, problem.heads, *problem.shape, FACTS, device=lse.device)
+        known = dict.fromkeys(("sums", "delta"), facts)  # not written where nobody asks for them
+        if problem.additional or problem.position_bias:
+            known = dict(zip(known, torch.empty(2, *facts.shape[:-1], device=lse.device), strict=True))
         operands = Operands(problem, inputs, out=output.out, grad_out=grad_out)
-        known = {"sums": sums, "delta": delta}
         cut = best_cut("queries", problem, operands.hardware)
-        operands.run("queries", cut, grad_query=grads[0], lse=lse, grad_lse=grad_lse, **known)
+        operands.run("queries", cut, grad_query=grads[0], lse=lse, grad_lse=grad_lse, facts=facts, **known)
         cut = best_cut("keys", problem, operands.hardware)
-        operands.run("keys", cut, grad_key=grads[1], grad_value=grads[2], **known)
+        operands.run("keys", cut, grad_key=grads[1], grad_value=grads[2], facts=facts)
         if problem.additional:
             grads[3:] = additional_gradients(operands, cut, known)
         if inputs.position_bias is None:

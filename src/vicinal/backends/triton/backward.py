@@ -10,6 +10,7 @@
 import triton
 import triton.language as tl
 
+from vicinal.backends.triton import variant
 from vicinal.backends.triton.tile import (
     additional_at,
     biased,
@@ -40,6 +41,8 @@ from vicinal.backends.triton.tile import (
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+FACTS = tl.constexpr(variant.FACTS)
+
 
 @triton.jit
 def score_gradients(p, do, v, shift, V: tl.constexpr):
@@ -49,16 +52,19 @@ def score_gradients(p, do, v, shift, V: tl.constexpr):
 
 @triton.jit
 def add_key_gradients(p, q, do, v, shift, dk, dv, V: tl.constexpr):
-    """What the queries of a box add to the gradients of a tile of keys and values; `p` has keys as rows."""
+    """What the queries of a box add to the gradients of a tile of keys and values; `p` has keys as rows.
+
+    The product of values begins with `shift`, which is `-delta`: so it takes no registers beside it.
+    """
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=V.precision)
-    ds = p * (tl.dot(v, tl.trans(do), input_precision=V.precision) - shift[None, :])
+    ds = p * tl.dot(v, tl.trans(do), tl.broadcast_to(shift[None, :], p.shape), input_precision=V.precision)
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=V.precision), dv
 
 
 @triton.jit
 def query_gradients(
-    query, key, value, out, more_key, more_value, bias, grad_out, grad_query, lse, grad_lse, sums, delta, lengths,
-    axes, steps, heads, group, additional, scale, V: tl.constexpr,
+    query, key, value, out, more_key, more_value, bias, grad_out, grad_query, lse, grad_lse, facts, sums, delta,
+    lengths, axes, steps, heads, group, additional, scale, V: tl.constexpr,
 ):  # fmt: skip
     """One block: the gradients of one tile of queries of one head, and what the other passes must know of them.
 
@@ -66,7 +72,8 @@ def query_gradients(
         query, key, value, out, more_key, more_value, bias, lengths: as in `forward.forward`.
         grad_out, grad_query: `[B, *S, H, D]`.
         lse, grad_lse: `[B, *S, H]`.
-        sums, delta: written, `[B, H, *S]`: the log-sum-exp times log2(e), and `delta`.
+        facts: written, `[B, H, *S, FACTS]`: the log-sum-exp times log2(e), `-delta`, and what is never looked at.
+        sums, delta: written if another pass than that for keys wants them, `[B, H, *S]`: the former, and `delta`.
         axes, steps, heads, group, additional, scale, V: as in `forward.forward`.
     """
     ROWS: tl.constexpr = V.rows
@@ -91,8 +98,11 @@ def query_gradients(
     shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.load(grad_lse + place, mask=here, other=0.0)
     total = tl.load(lse + place, mask=here, other=0.0) * LOG2_E
     place = token_at(tile.batch * heads + tile.head, t, h, w, tile, axes) + tokens_in(ROWS, axes)
-    tl.store(delta + place, shift, mask=here)
-    tl.store(sums + place, total, mask=here)
+    tl.store(facts + place * FACTS, total, mask=here)
+    tl.store(facts + (place * FACTS + 1), -shift, mask=here)
+    if V.has_additional or V.has_bias:
+        tl.store(delta + place, shift, mask=here)
+        tl.store(sums + place, total, mask=here)
     windows = windows_of(tile, axes, V)
     key_at = vector_at(key, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.key, V)
     value_at = vector_at(value, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.value, V)
@@ -139,8 +149,30 @@ def query_gradients(
 
 
 @triton.jit
+def facts_in(BOX: tl.constexpr, axes, V: tl.constexpr):
+    """Offsets of what is known of the queries of a box, relative to its first."""
+    numbers = tokens_in(BOX, axes)
+    if V.is_wide:
+        numbers = numbers.to(tl.int64)
+    return numbers * FACTS
+
+
+@triton.jit
+def facts_of(start, offsets, here):
+    """Log-sum-exps, times log2(e), and `-delta` of the queries of a box.
+
+    Numbers for each column are dear: in the layout of scores every thread needs a quarter of them, and a load of
+    one number a query would be made by every thread for itself, with an address for each. A load as large as
+    the block is made once and handed on through shared memory, so a query has four numbers, of which two count.
+    """
+    record = tl.load(start + (offsets[:, None] + tl.arange(0, FACTS)[None, :]), mask=here[:, None], other=0.0)
+    both, _ = tl.split(tl.trans(tl.reshape(record, [offsets.shape[0], 2, 2]), 0, 2, 1))
+    return tl.split(both)
+
+
+@triton.jit
 def key_gradients(
-    query, key, value, bias, grad_out, grad_key, grad_value, sums, delta, axes, steps, heads, group, scale,
+    query, key, value, bias, grad_out, grad_key, grad_value, facts, axes, steps, heads, group, scale,
     V: tl.constexpr,
 ):  # fmt: skip
     """One block: the gradients of one tile of keys and values of one head. Rows are keys here.
@@ -148,7 +180,7 @@ def key_gradients(
     Args:
         query, key, value, bias: as in `forward.forward`.
         grad_out: `[B, *S, H, Dv]`; grad_key, grad_value: `[B, *S, Hkv, D]`.
-        sums, delta: `[B, H, *S]`, as `query_gradients` leaves them.
+        facts: `[B, H, *S, FACTS]`, as `query_gradients` leaves them.
         axes, steps, heads, group, scale, V: as in `forward.forward`.
     """
     ROWS: tl.constexpr = V.rows
@@ -167,7 +199,7 @@ def key_gradients(
     v = load(at, vectors_in(ROWS, axes, steps.value, V), here, V.head_dim_v, DV)
     query_offsets = vectors_in(COLUMNS, axes, steps.query, V)
     grad_offsets = vectors_in(COLUMNS, axes, steps.grad_out, V)
-    in_box = tokens_in(COLUMNS, axes)
+    fact_offsets = facts_in(COLUMNS, axes, V)
     windows = windows_of(tile, axes, V)
     if V.has_bias:
         entries = row_entries(tile, axes, V)
@@ -177,17 +209,17 @@ def key_gradients(
         head = tile.head * group + member
         query_at = vector_at(query, tile.t.origin, tile.h.origin, tile.w.origin, tile, head, axes, steps.query, V)
         grad_at = vector_at(grad_out, tile.t.origin, tile.h.origin, tile.w.origin, tile, head, axes, steps.grad_out, V)
-        first = token_at(tile.batch * heads + head, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes)
+        fact_at = facts + FACTS * token_at(
+            tile.batch * heads + head, tile.t.origin, tile.h.origin, tile.w.origin, tile, axes
+        )
         t = 0
         h = 0
         w = 0
         for _ in tl.range(0, boxes_of(tile, V)):
             near = columns_exist(t, h, w, tile, V)
-            ahead = tokens_on(t, h, w, axes) + in_box
             q = load(moved(query_at, t, h, w, axes, steps.query, V), query_offsets, near, V.head_dim, D)
             do = load(moved(grad_at, t, h, w, axes, steps.grad_out, V), grad_offsets, near, V.head_dim_v, DV)
-            total = tl.load(sums + first + ahead, mask=near, other=0.0)
-            shift = tl.load(delta + first + ahead, mask=near, other=0.0)
+            total, shift = facts_of(fact_at + FACTS * tokens_on(t, h, w, axes).to(tl.int64), fact_offsets, near)
             scores = tl.dot(k, tl.trans(q), input_precision=V.precision)
             if V.has_bias:
                 keep = mask_of(windows, t, h, w, V)
@@ -266,7 +298,7 @@ def additional_gradients(
             shift = tl.load(delta + place, mask=near, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision=V.precision)
             p = tl.where(here[:, None], tl.exp2(scores * scale - total[None, :]), 0.0)
-            dk, dv = add_key_gradients(p, q, do, v, shift, dk, dv, V)
+            dk, dv = add_key_gradients(p, q, do, v, -shift, dk, dv, V)
     batches = tl.num_programs(0) // (tiles * heads_kv)
     place = ((tl.program_id(1).to(tl.int64) * batches + batch) * additional + row) * heads_kv + head_kv
     is_row = row < additional

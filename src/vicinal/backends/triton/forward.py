@@ -72,10 +72,11 @@ def forward(
     here = exist(ROWS, tile.t.first, tile.h.first, tile.w.first, tile, V)
     at = vector_at(query, tile.t.first, tile.h.first, tile.w.first, tile, tile.head, axes, steps.query, V)
     q = load(at, vectors_in(ROWS, axes, steps.query, V), here, V.head_dim, D)
-    # Peaks need a positive scale, so its sign, or its absence, goes to the queries.
-    sign = tl.where(scale < 0, -1.0, tl.where(scale > 0, 1.0, 0.0))
-    q = (q.to(tl.float32) * sign).to(q.dtype)
-    scale = tl.maximum(tl.abs(scale), 1e-24)
+    if V.is_signed:
+        # Peaks need a positive scale, so its sign, or its absence, goes to the queries.
+        sign = tl.where(scale < 0, -1.0, tl.where(scale > 0, 1.0, 0.0))
+        q = (q.to(tl.float32) * sign).to(q.dtype)
+        scale = tl.maximum(tl.abs(scale), 1e-24)
     windows = windows_of(tile, axes, V)
     key_at = vector_at(key, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.key, V)
     value_at = vector_at(value, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.value, V)

@@ -14,6 +14,9 @@ from vicinal.problem import Axis
 
 Box = tuple[int, int, int]
 
+FACTS = 4
+"""Numbers that the pass for queries leaves of each query to that for keys, see `backward.facts_of`."""
+
 
 class AxisArgs(NamedTuple):
     """One axis, as a kernel is told of it at run time: all that `window` needs, and the tile count."""
@@ -68,6 +71,7 @@ class Variant:
         masked: whether some tile needs a mask.
         has_additional: whether there are additional keys.
         has_bias: whether there is a position bias.
+        is_signed: whether the scale may be zero or negative, which only the forward pass must know.
         precision: how float32 is multiplied, in Triton's words.
         is_wide: whether offsets inside a box need 64 bits.
         warps, stages: warps of a block, and boxes in flight.
@@ -83,6 +87,7 @@ class Variant:
     masked: bool = True
     has_additional: bool = False
     has_bias: bool = False
+    is_signed: bool = False
     precision: str = "ieee"
     is_wide: bool = False
     warps: int = 4
