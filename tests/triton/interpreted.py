@@ -18,6 +18,7 @@ import triton.language as tl
 from vicinal._tuples import ceil_div
 from vicinal.backends import present
 from vicinal.backends import triton as portable
+from vicinal.backends.triton import bias
 from vicinal.backends.triton import compile as compiling
 from vicinal.backends.triton.tile import (
     boxes_of,
@@ -37,6 +38,8 @@ from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
 from vicinal.testing import LAWS, Law
 from vicinal.testing.cases import random_axes
+from vicinal.testing.fuzzing import Drawn, check_drawn
+from vicinal.testing.layouts import LAYOUTS
 from vicinal.testing.trial import Trial
 
 CPU = torch.device("cpu")
@@ -78,6 +81,26 @@ def test_law_holds(law: Law) -> None:
     for seed, problem in enumerate(problems_of(law)):
         assert portable.backend.why_not(problem, hardware) == ()
         law.check(Trial(portable.backend, problem, CPU, hardware, seed))
+
+
+BIASED = (
+    (Problem.grid((19,), 5, stride=3, batch=5, heads=2, head_dim=8, is_causal=True), bias.MOST_SCRATCH),
+    (Problem.grid((7, 10), (5, 3), dilation=(1, 2), batch=3, heads=2, heads_kv=1, head_dim=24, head_dim_v=8), 1),
+    (Problem.grid((2, 5, 7), (2, 3, 4), stride=(1, 3, 2), heads=2, head_dim=16, is_causal=(False, True, False)), 1),
+)
+
+
+@pytest.mark.parametrize(("problem", "scratch"), BIASED, ids=str)
+def test_bias_gradients_are_right_however_little_scratch_there_is(
+    problem: Problem, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bias, "MOST_SCRATCH", scratch)
+    monkeypatch.setattr(bias, "LEAST_CHUNK", 2)
+    monkeypatch.setattr(bias, "bias_cut", bias.bias_cut.__wrapped__)
+    problem = replace(problem, dtype="float32", position_bias=True)
+    cut = bias.bias_cut(problem, present(CPU))
+    assert (cut.heads, cut.chunks > 1) == ((1, False) if scratch == 1 else (problem.heads, True))
+    check_drawn(Drawn(3, problem, (), next(iter(LAYOUTS))), portable.backend, CPU, present(CPU))
 
 
 @triton.jit

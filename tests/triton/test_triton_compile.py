@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from vicinal.backends.triton.bias import bias_cut
 from vicinal.backends.triton.cost import best_cut, is_miscompiled, shapes, variant_of
 from vicinal.hardware import Hardware
 from vicinal.problem import Problem
@@ -22,12 +23,12 @@ pytest.importorskip("triton", reason="compiling kernels needs triton, which is n
 SMEM = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
 """KiB of shared memory that a block can use."""
 
-SPILLS = {"forward": 16, "queries": 16, "keys": 320, "additional": 48}
+SPILLS = {"forward": 16, "queries": 16, "keys": 320, "additional": 48, "bias": 256, "diagonals": 0}
 """Bytes per thread, at most. The pass for keys holds two sums in registers, and keeps what it needs once elsewhere."""
 
 MOST_SPILLS = 384
 
-IN_LOOP = {"forward": 4, "queries": 4, "keys": 16}
+IN_LOOP = {"forward": 4, "queries": 4, "keys": 16, "bias": 2}
 """Accesses to what was spilled, per thread and box, at most: only these cost time. A box takes 400 instructions."""
 
 HALF = Problem.grid((18, 34, 60), (3, 7, 7), heads=4, head_dim=64, dtype="bfloat16", additional=5)
@@ -47,7 +48,11 @@ def compiled(kernel: str, problem: Problem, arch: int | str) -> Any:
 
     from vicinal.backends.triton.compile import compiled
 
-    cut = best_cut("keys" if kernel in ("additional", "bias") else kernel, problem, hardware_of(arch))
+    hardware = hardware_of(arch)
+    if kernel in ("bias", "diagonals"):
+        cut = bias_cut(problem, hardware).cut
+    else:
+        cut = best_cut("keys" if kernel == "additional" else kernel, problem, hardware)
     precision = "tf32x3" if problem.dtype == "float32" and not isinstance(arch, str) else "ieee"
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     return compiled(variant_of(kernel, problem, cut, precision, False), target)
@@ -149,6 +154,12 @@ def test_what_the_assembler_gets_wrong_is_not_chosen(tmp_path: Path) -> None:
     assert not reads_of_nothing(made, tmp_path)
 
 
+@pytest.mark.parametrize("problem", [BIASED, replace(SINGLE, position_bias=True)], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_sums_of_a_position_bias_stay_in_registers(problem: Problem, arch: int, tmp_path: Path) -> None:
+    assert accesses_in_loop(compiled("bias", problem, arch), tmp_path) <= IN_LOOP["bias"]
+
+
 @pytest.mark.parametrize("problem", [SINGLE, WIDE], ids=["float32", "heads of 256"])
 @pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
 def test_wide_elements_and_wide_heads_fit_the_smallest_too(
@@ -157,9 +168,17 @@ def test_wide_elements_and_wide_heads_fit_the_smallest_too(
     check(compiled(kernel, problem, 86), 86, MOST_SPILLS, tmp_path, record_property)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "keys", "bias"])
+@pytest.mark.parametrize("kernel", ["forward", "keys"])
 def test_with_a_position_bias(kernel: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     check(compiled(kernel, BIASED, 90), 90, MOST_SPILLS, tmp_path, record_property)
+
+
+@pytest.mark.parametrize("arch", SMEM)
+@pytest.mark.parametrize("kernel", ["bias", "diagonals"])
+def test_gradients_of_a_position_bias(
+    kernel: str, arch: int | str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    check(compiled(kernel, BIASED, arch), arch, SPILLS[kernel], tmp_path, record_property)
 
 
 def check(

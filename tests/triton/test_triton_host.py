@@ -9,17 +9,21 @@ from math import prod
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vicinal import backends
+from vicinal._tuples import ceil_div
 from vicinal.backends import triton
+from vicinal.backends.triton import bias
+from vicinal.backends.triton.bias import slots_of
 from vicinal.backends.triton.cost import best_cut, forward_cut, ranked_tilings, room_of, smem_bytes
 from vicinal.backends.triton.launch import precision_of, readable, steps_of
 from vicinal.backends.triton.variant import StepArgs
 from vicinal.errors import Unsupported
 from vicinal.hardware import KNOWN, Hardware
 from vicinal.plan import make_plan
-from vicinal.problem import Problem
-from vicinal.testing.strategies import problems
+from vicinal.problem import Axis, Problem
+from vicinal.testing.strategies import axes, problems
 from vicinal.tiling import Tiling
 
 H100 = Hardware.named("h100-sxm")
@@ -86,6 +90,36 @@ def test_every_tiling_can_be_cut_and_fits(name: str, problem: Problem) -> None:
         assert cut.masked == (make_plan(problem, tiling).masked > 0)
     for kernel in ("forward", "queries", "keys"):
         assert smem_bytes(kernel, problem, best_cut(kernel, problem, hardware).shape) <= room_of(hardware)
+
+
+@settings(max_examples=60)
+@given(axis=axes(), rows=st.sampled_from((1, 2, 4, 8, 16)), columns=st.sampled_from((1, 2, 4, 8, 16)))
+def test_slots_hold_every_pair_and_count_what_is_met(axis: Axis, rows: int, columns: int) -> None:
+    slots, met = slots_of(axis, rows, columns)
+    found = {
+        (group, query // rows, (key - query // rows * rows - slots.first) // columns)
+        for group, members in enumerate(axis.subaxes())
+        for query in range(members.length)
+        for key in members.window(query)
+    }
+    assert {slot for *_, slot in found} <= set(range(slots.count))
+    assert {0, slots.count - 1} <= {slot for *_, slot in found}
+    assert len(found) == met
+
+
+@settings(max_examples=30)
+@given(problem=problems(dtypes=("float16", "float32")), scratch=st.sampled_from((1, 10**5, 10**9)))
+def test_scratch_of_bias_gradients_is_bounded(problem: Problem, scratch: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bias, "MOST_SCRATCH", scratch)
+        cut = bias.bias_cut.__wrapped__(problem, H100)
+    one = cut.boxes * cut.cut.shape.rows * cut.cut.shape.columns
+    assert cut.scratch == one * cut.heads * cut.chunks <= max(scratch, one)
+    tiles = prod(
+        ceil_div(ceil_div(a.length, a.dilation), n) * a.dilation
+        for a, n in zip(problem.axes, cut.cut.rows, strict=True)
+    )
+    assert (cut.chunks - 1) * cut.chunk < tiles * problem.batch <= cut.chunks * cut.chunk
 
 
 def test_strided_views_are_read_in_place_and_others_copied() -> None:

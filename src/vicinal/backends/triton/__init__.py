@@ -8,7 +8,6 @@ from two passes that each own what they write, so that they are the same in ever
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from torch import Tensor
 from vicinal._tuples import ceil_div
 from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.devices import present
-from vicinal.backends.triton.cost import NAME, Cut, Shape, best_cut, choice_of, forward_cut, open_cuts, ranked_tilings
+from vicinal.backends.triton.bias import bias_gradients
+from vicinal.backends.triton.cost import NAME, Cut, best_cut, choice_of, forward_cut, open_cuts, ranked_tilings
 from vicinal.backends.triton.interpreter import is_installed, is_interpreting
 from vicinal.backends.triton.launch import Operands
 from vicinal.backends.triton.variant import FACTS
@@ -27,10 +27,7 @@ from vicinal.tiling import Tiling
 from vicinal.tuned import Choice
 
 MOST_BLOCKS = 1024
-"""Blocks that the gradients of additional keys, or of a position bias, are spread over, about."""
-
-DIAGONAL = 64
-"""Pairs of one offset that are met at a time."""
+"""Blocks that the gradients of additional keys are spread over, about."""
 
 
 class Triton:
@@ -120,8 +117,7 @@ class Triton:
             grads[3:] = additional_gradients(operands, cut, known)
         if inputs.position_bias is None:
             return Gradients(*grads)
-        table = bias_gradients(operands, known).view(problem.bias_shape).to(inputs.position_bias.dtype)
-        return Gradients(*grads)._replace(position_bias=table)
+        return Gradients(*grads)._replace(position_bias=bias_gradients(operands, known))
 
 
 def additional_gradients(operands: Operands, cut: Cut, known: dict[str, Tensor]) -> list[Tensor]:
@@ -140,19 +136,6 @@ def additional_gradients(operands: Operands, cut: Cut, known: dict[str, Tensor])
     parts = dict(zip(("partial_key", "partial_value"), partial, strict=True))
     operands.run("additional", flat, (blocks, chunks), chunk=chunk, **parts, **known)
     return [part.sum(0).to(operands.tensors["query"].dtype) for part in partial]
-
-
-def bias_gradients(operands: Operands, known: dict[str, Tensor]) -> Tensor:
-    """Gradient of the position bias, `[H, entries]`: sums over diagonals, in chunks that run side by side."""
-    problem = operands.problem
-    entries = prod(problem.bias_shape)
-    chunks = min(ceil_div(MOST_BLOCKS, entries * problem.batch), ceil_div(problem.tokens, DIAGONAL))
-    chunk = ceil_div(ceil_div(problem.tokens, chunks), DIAGONAL) * DIAGONAL
-    chunks = ceil_div(problem.tokens, chunk)
-    partial = torch.empty(chunks * problem.batch, entries, dtype=torch.float32, device=operands.device)
-    cut = Cut((DIAGONAL,), (DIAGONAL,), Shape(DIAGONAL, DIAGONAL, 4, 1, 0.0, 0.0, 0.0), 0.0, True)
-    operands.run("bias", cut, (entries, len(partial)), chunk=chunk, chunks=chunks, partial_bias=partial, **known)
-    return partial.sum(0)
 
 
 backend = Triton()

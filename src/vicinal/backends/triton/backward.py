@@ -5,6 +5,7 @@
 
 `query_gradients` walks the keys of a tile of queries, and leaves delta to the others;
 `key_gradients` walks the queries that see a tile of keys; `additional_gradients` walks all queries.
+The gradient of a position bias is in `backward_bias`.
 """
 
 import triton
@@ -16,7 +17,6 @@ from vicinal.backends.triton.tile import (
     biased,
     boxes_of,
     columns_exist,
-    entry_of,
     exist,
     is_full,
     load,
@@ -33,8 +33,6 @@ from vicinal.backends.triton.tile import (
     valid_additional,
     vector_at,
     vectors_in,
-    window_start,
-    window_stop,
     windows_of,
 )
 
@@ -304,69 +302,3 @@ def additional_gradients(
     is_row = row < additional
     store(partial_key, place * V.head_dim, is_row, dk * (scale * LN2), V.head_dim, D)
     store(partial_value, place * V.head_dim_v, is_row, dv, V.head_dim_v, DV)
-
-
-@triton.jit
-def key_is_seen(place, offset, axis):
-    """Whether tokens at these places of an axis see the key `offset` members further."""
-    member = place // axis.dilation
-    members = (axis.length - place % axis.dilation + axis.dilation - 1) // axis.dilation
-    key = member + offset
-    return (key >= window_start(member, members, axis)) & (key < window_stop(member, members, axis))
-
-
-@triton.jit
-def bias_gradients(
-    query, key, value, bias, grad_out, sums, delta, partial_bias, axes, steps, heads, group, chunk, chunks, scale,
-    V: tl.constexpr,
-):  # fmt: skip
-    """One block: what one chunk of the queries of a batch row adds to the gradient of one entry of the position bias.
-
-    Pairs of one offset lie on a diagonal of the scores, so their products are computed one by one.
-
-    Args:
-        query, key, value, bias, grad_out, sums, delta: as in the other passes.
-        partial_bias: `[B * chunks, H, entries]`, float32.
-        chunk, chunks: queries in a chunk, and chunks of a batch row.
-        axes, steps, heads, group, scale, V: as in `forward.forward`.
-    """
-    R: tl.constexpr = V.row_count
-    D: tl.constexpr = V.depth
-    DV: tl.constexpr = V.depth_v
-    per_head = (2 * axes[0].kernel_size - 1) * entry_of(1, 0, 0, axes)
-    head = tl.program_id(0) // per_head
-    entry = tl.program_id(0) - head * per_head
-    w_entries = 2 * axes[2].kernel_size - 1
-    h_entries = 2 * axes[1].kernel_size - 1
-    w_offset = entry % w_entries - axes[2].kernel_size + 1
-    h_offset = entry // w_entries % h_entries - axes[1].kernel_size + 1
-    t_offset = entry // (w_entries * h_entries) - axes[0].kernel_size + 1
-    ahead = (t_offset * axes[0].dilation * axes[1].length + h_offset * axes[1].dilation) * axes[2].length
-    ahead += w_offset * axes[2].dilation
-    batch = tl.program_id(1) // chunks
-    first = (tl.program_id(1) - batch * chunks) * chunk
-    tokens = axes[0].length * axes[1].length * axes[2].length
-    stop = tl.minimum(first + chunk, tokens)
-    shared = tl.load(bias + tl.program_id(0))
-    acc = tl.zeros([R], tl.float32)
-    for start in tl.range(first, stop, R):
-        number = start + tl.arange(0, R)
-        line = number // axes[2].length
-        keep = (number < stop) & key_is_seen(number % axes[2].length, w_offset, axes[2])
-        keep = keep & key_is_seen(line % axes[1].length, h_offset, axes[1])
-        keep = keep & key_is_seen(line // axes[1].length, t_offset, axes[0])
-        # Most offsets are seen near a border only.
-        if tl.max(keep.to(tl.int32), 0) > 0:
-            key_number = number + ahead
-            q = load(query, scattered(number, batch, head, axes, steps.query, V), keep, V.head_dim, D)
-            do = load(grad_out, scattered(number, batch, head, axes, steps.grad_out, V), keep, V.head_dim_v, DV)
-            k = load(key, scattered(key_number, batch, head // group, axes, steps.key, V), keep, V.head_dim, D)
-            v = load(value, scattered(key_number, batch, head // group, axes, steps.value, V), keep, V.head_dim_v, DV)
-            place = (batch.to(tl.int64) * heads + head) * tokens + number
-            total = tl.load(sums + place, mask=keep, other=0.0)
-            shift = tl.load(delta + place, mask=keep, other=0.0)
-            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-            dp = tl.sum(do.to(tl.float32) * v.to(tl.float32), 1)
-            acc += tl.where(keep, tl.exp2(scores * scale + shared - total) * (dp - shift), 0.0)
-    place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_bias + place, tl.sum(acc, 0))

@@ -13,9 +13,10 @@ from triton.compiler import ASTSource
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
-from vicinal.backends.triton.backward import additional_gradients, bias_gradients, key_gradients, query_gradients
+from vicinal.backends.triton.backward import additional_gradients, key_gradients, query_gradients
+from vicinal.backends.triton.backward_bias import bias_gradients, diagonal_sums
 from vicinal.backends.triton.forward import forward
-from vicinal.backends.triton.variant import AxisArgs, StepArgs, Steps, Variant
+from vicinal.backends.triton.variant import AxisArgs, SlotArgs, StepArgs, Steps, Variant
 
 KERNELS = {
     "forward": forward,
@@ -23,6 +24,7 @@ KERNELS = {
     "keys": key_gradients,
     "additional": additional_gradients,
     "bias": bias_gradients,
+    "diagonals": diagonal_sums,
 }
 
 ELEMENT = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
@@ -33,8 +35,9 @@ KINDS: dict[str, Any] = {
     ),
     "lengths": "*i32",
     "axes": (AxisArgs(*["i32"] * 6),) * 3,
+    "slots": (SlotArgs("i32", "i32"),) * 3,
     "steps": Steps(*[StepArgs("i64", *["i32"] * 4)] * 10),
-    **dict.fromkeys(("heads", "group", "additional", "chunk", "chunks"), "i32"),
+    **dict.fromkeys(("heads", "group", "additional", "chunk", "chunks", "first_head", "batches"), "i32"),
     "scale": "fp32",
     "V": "constexpr",
 }

@@ -120,25 +120,35 @@ def span_of(index, axis, ROWS: tl.constexpr, COLUMNS: tl.constexpr, V: tl.conste
 
 
 @triton.jit
-def tile_of(axes, heads, V: tl.constexpr):
-    """The tile of this block. Blocks of a head sweep the first axis, then the next."""
+def tiles_of(axes):
+    """How many tiles a head has."""
+    return axes[0].tiles * axes[0].dilation * axes[1].tiles * axes[1].dilation * axes[2].tiles * axes[2].dilation
+
+
+@triton.jit
+def tile_at(index, batch, head, axes, V: tl.constexpr):
+    """Tile `index` of a head. They sweep the first axis, then the next."""
     t_tiles = axes[0].tiles * axes[0].dilation
     h_tiles = axes[1].tiles * axes[1].dilation
-    w_tiles = axes[2].tiles * axes[2].dilation
-    index = tl.program_id(0)
-    number = index // (t_tiles * h_tiles * w_tiles)
-    index = index - number * (t_tiles * h_tiles * w_tiles)
     w = index // (t_tiles * h_tiles)
     index = index - w * (t_tiles * h_tiles)
     h = index // t_tiles
-    batch = number // heads
     return Tile(
         batch,
-        number - batch * heads,
+        head,
         span_of(index - h * t_tiles, axes[0], V.rows[0], V.columns[0], V),
         span_of(h, axes[1], V.rows[1], V.columns[1], V),
         span_of(w, axes[2], V.rows[2], V.columns[2], V),
     )
+
+
+@triton.jit
+def tile_of(axes, heads, V: tl.constexpr):
+    """The tile of this block, which is one of a head's, which is one of a batch row's."""
+    tiles = tiles_of(axes)
+    number = tl.program_id(0) // tiles
+    batch = number // heads
+    return tile_at(tl.program_id(0) - number * tiles, batch, number - batch * heads, axes, V)
 
 
 @triton.jit

@@ -29,6 +29,13 @@ class AxisArgs(NamedTuple):
     tiles: Any  # of rows, in one dilation group
 
 
+class SlotArgs(NamedTuple):
+    """Along one axis, the slots in which the gradient of a position bias is summed, see `backward_bias`."""
+
+    first: Any  # how many members after a tile's first row the first slot begins
+    count: Any
+
+
 class StepArgs(NamedTuple):
     """How far apart things lie in one tensor, in vectors of 16 bytes: batch rows, neighbors on each axis, heads."""
 
@@ -63,7 +70,8 @@ class Variant:
 
     Args:
         kernel: `"forward"`, `"queries"` (their gradient), `"keys"` (that of keys and values),
-            `"additional"` (that of additional keys and values) or `"bias"` (that of the position bias).
+            `"additional"` (that of additional keys and values), `"bias"` (that of the position bias) or
+            `"diagonals"` (its second half).
         dtype: of the tensors.
         head_dim, head_dim_v: elements of a query or key, and of a value.
         rank: axes of the grid; those before them hold one token.

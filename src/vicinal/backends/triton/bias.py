@@ -1,0 +1,154 @@
+"""How the gradient of a position bias is cut and started; its kernels are in `backward_bias`.
+
+Scratch memory depends on the window alone, not on the grid or the batch: a box of pairs for each way ahead of
+a tile that some window reaches, about `rows` times the table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vicinal._tuples import ceil_div
+from vicinal.backends.triton.cost import Cut, Shape, boxes, room_of
+from vicinal.backends.triton.launch import Operands, axis_args
+from vicinal.backends.triton.variant import SlotArgs, padded, three, three_axes
+from vicinal.hardware import Hardware
+from vicinal.plan import AxisPlan
+from vicinal.problem import Axis, Problem
+
+SHAPES = {2: ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4)), 4: ((32, 16, 4), (16, 16, 4))}
+"""By the bytes of an element: queries of a tile, keys of a box, and warps, the most first. Larger ones would spill."""
+
+HOPPER_SHAPES = {4: ((64, 32, 8),)}
+"""Where products read float32 from shared memory, these do not."""
+
+MOST_BLOCKS = 1024
+"""Blocks that have something to sum, about."""
+
+LEAST_CHUNK = 8
+"""Pairs of a tile and a box that a block sums at least, where there are so many: starting it costs as much."""
+
+MOST_SCRATCH = 2**24
+"""Sums on their way, in numbers: no more chunks are made than fit, and heads that do not fit take turns."""
+
+
+class SlotCut(NamedTuple):
+    """How the gradient is cut.
+
+    Args:
+        cut: tiles of queries and boxes of keys.
+        slots: of each axis.
+        met: pairs of a tile and a box that are summed, in all heads and batch rows.
+        heads: that share scratch memory; others take their turn.
+        chunk, chunks: tiles that a block walks, counted once for every batch row, and how many such chunks there are.
+    """
+
+    cut: Cut
+    slots: tuple[SlotArgs, ...]
+    met: int
+    heads: int
+    chunk: int
+    chunks: int
+
+    @property
+    def boxes(self) -> int:
+        """Slots of a head."""
+        return prod(slots.count for slots in self.slots)
+
+    @property
+    def scratch(self) -> int:
+        """Numbers that are kept between the two kernels."""
+        return self.chunks * self.heads * self.boxes * self.cut.shape.rows * self.cut.shape.columns
+
+
+@lru_cache(maxsize=65536)
+def slots_of(axis: Axis, rows: int, columns: int) -> tuple[SlotArgs, int]:
+    """The slots of an axis that is cut into tiles of `rows`, and how many of them all tiles together meet.
+
+    Slots may begin anywhere, as long as they are `columns` apart: there, where fewest are met.
+
+    Example:
+        >>> slots_of(Axis(56, 7), 8, 8)  # seven tiles, which see from 3 keys before their first query on
+        (SlotArgs(first=-3, count=2), 14)
+    """
+    spans = AxisPlan(axis, rows, columns).spans
+    reaches = Counter((span.start - span.first, span.stop - span.first) for span in spans)
+    low, high = min(start for start, _ in reaches), max(stop for _, stop in reaches)
+
+    def met(first: int) -> int:
+        return sum(
+            n * ((stop - 1 - first) // columns - (start - first) // columns + 1) for (start, stop), n in reaches.items()
+        )
+
+    first = min(range(low, low - columns, -1), key=lambda first: (met(first), ceil_div(high - first, columns)))
+    return SlotArgs(first, ceil_div(high - first, columns)), met(first)
+
+
+@lru_cache(maxsize=1024)
+def bias_cut(problem: Problem, hardware: Hardware) -> SlotCut:
+    """The cut that meets fewest boxes, of the largest that fit into shared memory."""
+    shape = shape_of(problem, hardware)
+    sides = product(boxes(shape.rows, problem.rank), boxes(shape.columns, problem.rank))
+    ways = [(rows, columns, _slots(problem, rows, columns)) for rows, columns in sides]
+    rows, columns, axes = min(ways, key=lambda way: (prod(met for _, met in way[2]), _count(way[2])))
+    slots = (*[SlotArgs(0, 1)] * (3 - problem.rank), *(slots for slots, _ in axes))
+    met = prod(met for _, met in axes) * problem.batch * problem.heads
+    numbers = _count(axes) * shape.rows * shape.columns
+    heads = min(max(MOST_SCRATCH // numbers, 1), problem.heads)
+    tiles = (
+        prod(axis.tiles * axis.dilation for axis in axis_args(three_axes(problem.axes), three(rows))) * problem.batch
+    )
+    chunks = ceil_div(tiles, max(ceil_div(met, MOST_BLOCKS), LEAST_CHUNK))
+    chunk = ceil_div(tiles, min(chunks, max(MOST_SCRATCH // (heads * numbers), 1)))
+    return SlotCut(Cut(rows, columns, shape, 0.0, True), slots, met, heads, chunk, ceil_div(tiles, chunk))
+
+
+def _slots(problem: Problem, rows: tuple[int, ...], columns: tuple[int, ...]) -> list[tuple[SlotArgs, int]]:
+    return [slots_of(*each) for each in zip(problem.axes, rows, columns, strict=True)]
+
+
+def _count(axes: list[tuple[SlotArgs, int]]) -> int:
+    return prod(slots.count for slots, _ in axes)
+
+
+def shape_of(problem: Problem, hardware: Hardware) -> Shape:
+    """The largest of which two steps fit into shared memory, or one step of the smallest."""
+    token = (padded(problem.head_dim) + padded(problem.head_dim_v)) * problem.itemsize
+    room = room_of(hardware) - 2048
+    larger = HOPPER_SHAPES.get(problem.itemsize, ()) if hardware.arch == (9, 0) else ()
+    for rows, columns, warps in larger + SHAPES[problem.itemsize]:
+        step = (rows + columns) * token
+        if 2 * step <= room:  # a third only where two blocks still fit
+            return Shape(rows, columns, warps, 3 if 6 * step <= room else 2, 0.0, 0.0, 0.0)
+    rows, columns, warps = SHAPES[problem.itemsize][-1]
+    return Shape(rows, columns, warps, 1, 0.0, 0.0, 0.0)
+
+
+def bias_gradients(operands: Operands, known: dict[str, Tensor]) -> Tensor:
+    """Gradient of the position bias, `[H, 2 * k - 1, ...]`.
+
+    Args:
+        operands: of the backward pass.
+        known: `sums` and `delta`, as the pass for queries leaves them.
+    """
+    problem = operands.problem
+    found = bias_cut(problem, operands.hardware)
+    query = operands.tensors["query"]
+    table = torch.empty(problem.bias_shape, dtype=query.dtype, device=query.device)
+    partial = torch.empty(found.scratch, dtype=torch.float32, device=query.device)
+    shared = {"partial_bias": partial, "slots": found.slots, "chunks": found.chunks}
+    for first in range(0, problem.heads, found.heads):
+        heads = min(found.heads, problem.heads - first)
+        grid = heads * found.boxes, found.chunks
+        more = {"chunk": found.chunk, "batches": problem.batch, "first_head": first}
+        operands.run("bias", found.cut, grid, **shared, **more, **known)
+        grid = heads * prod(problem.bias_shape[1:]), 1
+        operands.run("diagonals", found.cut, grid, **shared, grad_bias=table, heads=heads, first_head=first)
+    return table
