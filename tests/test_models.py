@@ -122,6 +122,24 @@ def test_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_compiles_as_one_graph_with_its_gradients(variant: str, autocast: bool):
+    torch.manual_seed(0)
+    model = NeighborhoodTransformer(VARIANTS[variant], num_classes=7, drop_path_rate=0.0).train()
+    images = torch.randn(2, 3, 52, 36)
+
+    def solved(call: Any) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = call(images)
+        return [logits, *torch.autograd.grad(logits.float().square().sum(), list(model.parameters()))]
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(solved(compiled), solved(model), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2 if autocast else 1e-4, atol=2e-2 if autocast else 1e-5)
+
+
 def test_a_classifier_can_be_replaced_or_left_out():
     model = NeighborhoodTransformer(SMALL, num_classes=3)
     model.reset_classifier(5)

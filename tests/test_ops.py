@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -160,22 +161,25 @@ def test_a_step_of_training_looks_at_tensors_of_a_kind_once(monkeypatch):
     table = torch.randn(4, 5, 5, requires_grad=True)
     for count, shape in ((2, (1, 17, 5)), (2, (1, 17, 5)), (4, (1, 5, 17))):
         q, k, v = tensors(*shape)
-        vicinal.neighborhood_attention(q, k, v, 3, position_bias=table).sum().backward()
+        with FlopCounterMode(display=False):  # which has to see the operator
+            vicinal.neighborhood_attention(q, k, v, 3, position_bias=table).sum().backward()
         # Once as the caller names the window, once as the operator does.
         assert len(calls) == count
 
 
-def test_what_was_right_before_does_not_let_through_what_is_wrong():
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, lambda: FlopCounterMode(display=False)])
+def test_what_was_right_before_does_not_let_through_what_is_wrong(mode):
     q, k, v = tensors(1, 9, 5)
-    for good, bad, message in ((1, True, "kernel_size"), (3, 3.0, "kernel_size")):
-        vicinal.neighborhood_attention(q, k, v, good)
-        with pytest.raises(vicinal.InvalidProblem, match=message):
-            vicinal.neighborhood_attention(q, k, v, bad)
-    vicinal.neighborhood_attention(q, k, v, 3, is_causal=True)
-    with pytest.raises(vicinal.InvalidProblem, match="is_causal"):
-        vicinal.neighborhood_attention(q, k, v, 3, is_causal=1)
-    with pytest.raises(vicinal.InvalidProblem, match="key and query must share one dtype"):
-        vicinal.neighborhood_attention(q, k.double(), v, 3)
+    with mode():
+        for good, bad, message in ((1, True, "kernel_size"), (3, 3.0, "kernel_size")):
+            vicinal.neighborhood_attention(q, k, v, good)
+            with pytest.raises(vicinal.InvalidProblem, match=message):
+                vicinal.neighborhood_attention(q, k, v, bad)
+        vicinal.neighborhood_attention(q, k, v, 3, is_causal=True)
+        with pytest.raises(vicinal.InvalidProblem, match="is_causal"):
+            vicinal.neighborhood_attention(q, k, v, 3, is_causal=1)
+        with pytest.raises(vicinal.InvalidProblem, match="key and query must share one dtype"):
+            vicinal.neighborhood_attention(q, k.double(), v, 3)
 
 
 @pytest.mark.parametrize("dilation", [1, 3])

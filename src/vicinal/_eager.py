@@ -1,22 +1,23 @@
-"""The short way for plain eager calls: what was solved once is looked up, and the backend is called at once.
+"""The short way for eager calls: what was solved once is looked up, and the backend is called at once.
 
-A custom operator and its checks cost about a tenth of a millisecond a call, more than a small kernel takes on a
-GPU. Nobody needs them where nothing but the numbers is asked for: no gradient, no tracing, no mode, transform,
-autocast or profiler. Everything else goes through `vicinal.ops`, and gets the same numbers.
+A custom operator and its checks cost about a tenth of a millisecond a call, and several times that with its gradient:
+more than small kernels take on a GPU. Nobody needs them where nobody watches: no tracing, no mode, transform or
+profiler. Everything else goes through `vicinal.ops`, and gets the same numbers.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
 
 from vicinal import backends, tuned, tuning
-from vicinal.backends.base import Backend, Inputs, Output
+from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
 from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
@@ -27,12 +28,12 @@ MOST = 4096
 _solved: dict[tuple[Any, ...], tuple[Backend, Plan]] = {}
 
 
-def is_plain(*tensors: Any) -> bool:
-    """Whether nothing but the numbers is asked for, of tensors that are nothing but tensors."""
+def is_plain(inputs: Inputs) -> bool:
+    """Whether nobody watches, and all tensors are nothing but tensors."""
     if torch.compiler.is_compiling():
         return False
-    for tensor in tensors:
-        if type(tensor) is not Tensor or (tensor.requires_grad and torch.is_grad_enabled()):
+    for tensor in inputs:
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
@@ -41,41 +42,100 @@ def is_plain(*tensors: Any) -> bool:
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
-        or torch.is_autocast_enabled(tensors[0].device.type)
     )
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any], backend: str | None, tiling: Tiling | None
-) -> Output:
-    """The answer of the first backend that runs it, or of the one named.
+def attention(inputs: Inputs, settings: dict[str, Any], backend: str | None, tiling: Tiling | None) -> Output:
+    """The answer of the first backend that runs it, or of the one named; differentiable if an input is.
 
     Args:
-        query, key, value: tensors that are `is_plain`.
+        inputs: tensors that are `is_plain`.
         settings: arguments of `Problem.of`, by name.
         backend, tiling: as in a call.
 
     Raises:
         InvalidProblem, Unsupported: as `vicinal.neighborhood_attention`.
     """
+    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    chosen, plan = _solve(inputs, settings, backend, tiling, needs_grad)
+    device = inputs.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return Output(*_Attention.apply(chosen, plan, *inputs)) if needs_grad else chosen.forward(plan, inputs)
+    # Autocast lowers the calls that PyTorch code makes; what a backend computes in is its own affair.
+    torch.set_autocast_enabled(device, False)
+    try:
+        return Output(*_Attention.apply(chosen, plan, *inputs)) if needs_grad else chosen.forward(plan, inputs)
+    finally:
+        torch.set_autocast_enabled(device, True)
+
+
+def _solve(
+    inputs: Inputs, settings: dict[str, Any], backend: str | None, tiling: Tiling | None, needs_grad: bool
+) -> tuple[Backend, Plan]:
+    query, key, value, *extra = inputs
     kind = (  # spelled out, since a loop would take longer than the lookup
         query.shape, query.dtype, query.device, query.layout,
         key.shape, key.dtype, key.device, key.layout,
         value.shape, value.dtype, value.device, value.layout,
-        id(backends.ALL), tuned.epoch,
-        *[tuple(each) if type(each) is list else each for each in settings.values()],
+        id(backends.ALL), tuned.epoch, needs_grad,
+        repr(settings),  # text, since 7, 7.0 and True are different settings that are equal as keys
         backend or os.environ.get(backends.VARIABLE),
         tiling,
+        *[tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in extra],
     )  # fmt: skip
     try:
         found = _solved.get(kind)
-    except TypeError:  # not hashable, so not a setting either, as the next line will say
+    except TypeError:  # not hashable, so not a setting either, as the next lines will say
         found = None
     if found is None:
-        problem = Problem.of(query, key, value, **settings)
-        found = tuning.settle(problem, query.device, backend, tiling)
+        names = ("additional_keys", "additional_values", "additional_lengths", "position_bias")
+        problem = Problem.of(query, key, value, **settings, **dict(zip(names, extra, strict=True)))
+        found = tuning.settle(problem, query.device, backend, tiling, needs_grad=needs_grad)
         if len(_solved) >= MOST:
             _solved.clear()
         _solved[kind] = found
-    chosen, plan = found
-    return chosen.forward(plan, Inputs(query, key, value))
+    return found
+
+
+class _Attention(torch.autograd.Function):
+    """A backend's two passes. Autograd sees nothing of what is inside."""
+
+    @staticmethod
+    def forward(ctx: Any, chosen: Backend, plan: Plan, *tensors: Any) -> tuple[Tensor, Tensor]:
+        output = chosen.forward(plan, Inputs(*tensors))
+        ctx.save_for_backward(*tensors, *output)
+        ctx.solved = chosen, plan
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # With create_graph=True the gradients get a derivative of their own, to refuse it in words.
+        derive = _Gradients.apply if torch.is_grad_enabled() else _gradients
+        return None, None, *derive(*ctx.solved, *grads, *ctx.saved_tensors)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as something that might be derived."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Any, ...]:
+        return _gradients(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return no_second_derivative(ctx, *grads)
+
+
+def _gradients(
+    chosen: Backend, plan: Plan, grad_out: Tensor | None, grad_lse: Tensor | None, *saved: Any
+) -> tuple[Tensor | None, ...]:
+    """One for each of `Inputs`; lengths have none."""
+    *tensors, out, lse = saved
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    with (
+        torch.autocast(out.device.type, enabled=False) if torch.is_autocast_enabled(out.device.type) else nullcontext()
+    ):
+        found = chosen.backward(plan, Inputs(*tensors), Output(out, lse), grad_out, grad_lse)
+    return *found[:5], None, found.position_bias

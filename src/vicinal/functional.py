@@ -148,22 +148,19 @@ def attention_with_lse(
         9.0
     """
     settings = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-    extra = (additional_keys, additional_values, additional_lengths, position_bias)
-    if all(tensor is None for tensor in extra) and _eager.is_plain(query, key, value):
-        return AttentionOutput(*_eager.attention(query, key, value, {**settings, "scale": scale}, backend, tiling))
     floats = _autocast(query, key, value, additional_keys, additional_values, position_bias)
+    q, k, v, more_keys, more_values, bias = floats
+    inputs = Inputs(q, k, v, more_keys, more_values, additional_lengths, bias)
+    if _eager.is_plain(inputs):
+        return AttentionOutput(*_eager.attention(inputs, {**settings, "scale": scale}, backend, tiling))
     if not torch.compiler.is_compiling():
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
-        q, k, v, more_keys, more_values, bias = floats
-        inputs = Inputs(q, k, v, more_keys, more_values, additional_lengths, bias)
         ops.problem_of(inputs, {**settings, "scale": scale})
         _refuse_tangents(*floats)
         flops.ensure_registered()
     rank = query.ndim - 3
     out, lse = ops.attention(
-        *floats[:5],
-        additional_lengths,
-        floats[5],
+        *inputs,
         *(each(setting, rank) for setting in settings.values()),
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         backend or "",

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from vicinal import tuning
-from vicinal.backends.base import Backend, Inputs, Output
-from vicinal.errors import Unsupported
+from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
 from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
@@ -189,12 +188,4 @@ def _derivative(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]
 
 
 attention.register_autograd(_derivative, setup_context=_save)
-
-
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise Unsupported(
-        "the second derivative of neighborhood attention is not offered; take the gradient without create_graph=True"
-    )
-
-
-attention_backward.register_autograd(_no_second_derivative)
+attention_backward.register_autograd(no_second_derivative)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -42,6 +43,17 @@ class Gradients(NamedTuple):
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
     position_bias: Tensor | None = None
+
+
+def no_second_derivative(*_: Any) -> Any:
+    """What stands where the derivative of `Backend.backward` would.
+
+    Raises:
+        Unsupported: always.
+    """
+    raise Unsupported(
+        "the second derivative of neighborhood attention is not offered; take the gradient without create_graph=True"
+    )
 
 
 class Backend(Protocol):
