@@ -11,6 +11,9 @@ from vicinal._figure import legend, title
 from vicinal.errors import InvalidProblem
 
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+SPREAD = 0.6
+"""Of a case's height, what its dots share."""
+
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
 
@@ -54,8 +57,10 @@ def draw_times(figure: Any, rows: list[dict[str, str]]) -> None:
     panels = figure.subplots(1, len(passes), squeeze=False, sharex=True, sharey=True)[0]
     lost: list[str] = []
     for row, label in zip(rows, labels, strict=True):
-        panel, y = panels[passes.index(row["pass"])], cases.index(label)
-        index = backends.index(row["backend"]) % len(SERIES)
+        place = backends.index(row["backend"])
+        # One below the other: equal times would hide each other.
+        y = cases.index(label) + SPREAD * ((place + 0.5) / len(backends) - 0.5)
+        panel, index = panels[passes.index(row["pass"])], place % len(SERIES)
         time, predicted = _positive(row["milliseconds"]), _positive(row.get("predicted_milliseconds"))
         if time is None:
             lost.append(f"{row['backend']} on {label}, {row['pass']}")

@@ -93,7 +93,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class Predicts(Protocol):
-    """A backend with a cost model of its own, whose rates were measured on the hardware that it is for."""
+    """A backend with a cost model of its own, whose rates were measured on an H100."""
 
     def predicted_ms(self, plan: Plan) -> float:
         """Milliseconds that `forward` takes under `plan`."""

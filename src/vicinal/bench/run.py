@@ -170,16 +170,18 @@ def _steps(call: Call, inputs: Inputs, what: str) -> Steps:
                 return call.attend(query, key, value)
 
         return Steps(_nothing, forward)
-    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    grad_out = torch.randn_like(call.attend(*leaves))
+    qkv = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    more = (inputs.additional_keys, inputs.additional_values, inputs.position_bias)
+    leaves = [*qkv, *(tensor.requires_grad_() for tensor in more if tensor is not None)]
+    grad_out = torch.randn_like(call.attend(*qkv))
 
     if what == BACKWARD:
         outputs: list[Tensor] = []
         return Steps(
-            lambda: outputs.append(call.attend(*leaves)),
+            lambda: outputs.append(call.attend(*qkv)),
             lambda: torch.autograd.grad(outputs.pop(), leaves, grad_out),
         )
-    return Steps(_nothing, lambda: torch.autograd.grad(call.attend(*leaves), leaves, grad_out))
+    return Steps(_nothing, lambda: torch.autograd.grad(call.attend(*qkv), leaves, grad_out))
 
 
 def _nothing() -> None:
@@ -291,9 +293,10 @@ def _measurement(spec: Spec, what: str, lane: Lane, device: torch.device) -> Mea
     if isinstance(lane.contender, Ours) and what == FORWARD and problem.dtype in dict(hardware.flops_per_s):
         backend = lane.contender.backend
         plan = make_plan(problem, next(iter(backend.tilings(problem, hardware))))
-        predicted = (
-            backend.predicted_ms(plan) if isinstance(backend, Predicts) else simulate(plan, hardware).time_s * 1e3
-        )
+        if isinstance(backend, Predicts) and hardware.arch == (9, 0):
+            predicted = backend.predicted_ms(plan)
+        else:
+            predicted = simulate(plan, hardware).time_s * 1e3
     return Measurement(
         **today(device),
         case=spec.name,

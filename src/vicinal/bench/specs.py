@@ -107,9 +107,18 @@ H100_FORWARD = (
 )  # fmt: skip
 
 
-def _portable(name: str, shape: tuple[int, ...], window: Any, heads: int, head_dim: int, **more: Any) -> Spec:
+def _portable(
+    name: str,
+    shape: tuple[int, ...],
+    window: Any,
+    heads: int,
+    head_dim: int,
+    goal: float | None = None,
+    passes: tuple[str, ...] = (FORWARD, BACKWARD),
+    **more: Any,
+) -> Spec:
     problem = Problem.grid(shape, window, heads=heads, head_dim=head_dim, **{"dtype": "bfloat16", **more})
-    return Spec(name, problem, "goals of the portable backend", (FORWARD, BOTH))
+    return Spec(name, problem, "goals of the portable backend", passes, goal_milliseconds=goal)
 
 
 _IMAGES = (64, 64), 13, 8
@@ -119,12 +128,16 @@ H100_PORTABLE = (
     _portable("HunyuanVideo s1", (30, 48, 80), (18, 24, 24), 24, 128),
     _portable("FLUX 4K s16", (256, 256), 80, 24, 128, stride=16),
     _portable("FLUX 4K s1", (256, 256), 80, 24, 128),
+    _portable("Cosmos-7B s1", (16, 44, 80), (16, 24, 16), 32, 128),
     _portable("65536 w2048", (65536,), 2048, 8, 128),
-    _portable("LTX stage 1", (18, 34, 60), (3, 7, 7), 32, 64),
-    _portable("LTX stage 3", (35, 68, 120), (3, 5, 5), 8, 64),
-    _portable("LTX stage 4", (69, 136, 240), (3, 5, 5), 8, 64),
-    _portable("DiNAT 56x56", (56, 56), 7, 2, 64, batch=64),
-    _portable("DiNAT 56x56 d8", (56, 56), 7, 2, 64, batch=64, dilation=8),
+    # Half of NATTEN's times.
+    _portable("LTX stage 1", (18, 34, 60), (3, 7, 7), 32, 64, 1.54),
+    _portable("LTX stage 3", (35, 68, 120), (3, 5, 5), 8, 64, 2.94),
+    _portable("LTX stage 4", (69, 136, 240), (3, 5, 5), 8, 64, 23.9),
+    _portable("LTX stage 5", (121, 272, 480), 11, 4, 64, 327, (FORWARD,)),
+    _portable("DiNAT 56x56", (56, 56), 7, 2, 64, 0.37, batch=64),
+    _portable("DiNAT 56x56 d8", (56, 56), 7, 2, 64, 0.645, batch=64, dilation=8),
+    _portable("DiNAT 28x28 d4", (28, 28), 7, 4, 64, 0.415, batch=64, dilation=4),
     _portable("DiNAT 28x28 d4, heads of 32", (28, 28), 7, 8, 32, batch=64, dilation=4),
     _portable("float32", *_IMAGES, 64, batch=4, dtype="float32"),
     _portable("float16", *_IMAGES, 64, batch=4, dtype="float16"),

@@ -163,7 +163,10 @@ def tune(
 
 def bench(
     suite: Annotated[
-        str, typer.Option(help="Which problems: smoke (seconds), cpu, h100-forward, h100-backward (minutes).")
+        str,
+        typer.Option(
+            help="Which problems: smoke (seconds), cpu, h100-forward, h100-backward, h100-portable (minutes)."
+        ),
     ] = "smoke",
     backend: Annotated[
         list[str] | None, typer.Option("--backend", "-b", help="Only this backend or peer; may be repeated.")

@@ -78,6 +78,10 @@ class Triton:
         """Ways worth trying for a pass, the one with the least predicted time first."""
         return (choice_of(cut) for cut in open_cuts(what, problem, hardware))
 
+    def predicted_ms(self, plan: Plan) -> float:
+        """Milliseconds that the forward pass takes under `plan` on an H100, whose rates the cost model knows."""
+        return forward_cut(plan.problem, plan.tiling, Hardware.named("h100-sxm")).time / 1e3
+
     def forward(self, plan: Plan, inputs: Inputs) -> Output:
         """Attention under `plan`.
 
