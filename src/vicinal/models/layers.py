@@ -120,6 +120,8 @@ class ConvTokenizer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Convolutions on GPUs are channels last inside: told here, they turn no map around on its way in or out.
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
