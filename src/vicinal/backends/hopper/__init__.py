@@ -85,7 +85,7 @@ class Hopper:
             return Output(new(shape, query.dtype, device), new(shape[:-1], torch.float32, device))
         if problem.scale < 0:
             query = -query  # masks need a positive scale, see `launch.kernel_scale`
-        more, lengths = additional(inputs, problem)
+        more, lengths = additional(inputs, problem) if problem.additional else ((), None)
         tensors = [query, inputs.key, inputs.value, *more]
         device = query.get_device()
         launch = launches.find(plan, tensors, device)

@@ -165,18 +165,16 @@ class TensorMap:
         self._memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
         self.pointer = ceil_div(ctypes.addressof(self._memory), MAP_ALIGNMENT) * MAP_ALIGNMENT
         self._room = geometry.room
-        self._address: int | None = None
+        self.address: int | None = None
         self._encoding = (geometry, dtype, box, head_dim)
 
     def point_to(self, address: int) -> None:
         """Make this the map of the tensor at `address`."""
-        if address == self._address:
-            return
-        if self._address is None:
+        if self.address is None:
             self._encode(address - self._room)
         else:
             _check(_driver().cuTensorMapReplaceAddress(self.pointer, address - self._room))
-        self._address = address
+        self.address = address
 
     def _encode(self, base: int) -> None:
         geometry, dtype, box, head_dim = self._encoding
@@ -238,7 +236,8 @@ class Call:
         handle, threads, shared = self._function
         with self._lock:
             for tensor_map, address in zip(self._maps, addresses, strict=True):
-                tensor_map.point_to(address)
+                if address != tensor_map.address:
+                    tensor_map.point_to(address)
             for pointer, address in zip(self._pointers, pointers, strict=True):
                 pointer.value = address
             code = _driver().cuLaunchKernel(handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None)

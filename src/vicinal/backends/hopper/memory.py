@@ -59,7 +59,10 @@ class Remembered(Generic[S, P]):
                 self._known.clear()
             self._known[kind] = entry
         found = entry[1]
-        if found is None or any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
+        addresses = 0  # or-ed: some is unaligned if these bits are
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        if found is None or addresses % ALIGNMENT:
             tensors[:] = [tensor if is_mappable(tensor) else copy(tensor) for tensor in tensors]
             return self.find(subject, tensors, device)
         if found.needs_room:
