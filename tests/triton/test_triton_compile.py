@@ -31,10 +31,14 @@ MOST_SPILLS = 384
 IN_LOOP = {"forward": 4, "queries": 4, "keys": 16, "bias": 2}
 """Accesses to what was spilled, per thread and box, at most: only these cost time. A box takes 400 instructions."""
 
+IN_BOX = {"forward": 400, "queries": 330, "keys": 300}
+"""Instructions per thread and box without a mask, at most. Boxes hold 64 tokens, in the pass for keys 32."""
+
 HALF = Problem.grid((18, 34, 60), (3, 7, 7), heads=4, head_dim=64, dtype="bfloat16", additional=5)
 SINGLE = Problem.grid((64, 64), 13, heads=4, head_dim=64, dtype="float32")
 BIASED = replace(HALF, position_bias=True)
 LONG = Problem.grid((30, 48, 80), (18, 24, 24), heads=24, head_dim=128, dtype="bfloat16")
+BLOCKS = replace(LONG, axes=Problem.grid((32, 32, 32), 16, stride=16).axes)
 WIDE = Problem.grid((64, 64), 13, heads=4, head_dim=256, dtype="bfloat16")
 
 
@@ -111,19 +115,29 @@ def reads_of_nothing(kernel: Any, folder: Path) -> list[str]:
     return found
 
 
-def accesses_in_loop(kernel: Any, folder: Path) -> int:
-    """Accesses to local memory in the innermost loops that hold matrix products."""
+def loops_of(kernel: Any, folder: Path) -> list[list[str]]:
+    """Instructions of the innermost loops that hold matrix products."""
     lines = machine_code(kernel, folder)
     jumps = [(int(m[1], 16), at) for at, line in lines if (m := re.search(r"BRA.*?0x([0-9a-f]+)", line))]
     loops = {(to, at): [line for place, line in lines if to <= place <= at] for to, at in jumps if to <= at}
     with_products = {loop: body for loop, body in loops.items() if any(re.search(r"MMA\b", line) for line in body)}
     assert with_products
-    innermost = [
+    return [
         body
         for (first, last), body in with_products.items()
         if not any(first <= to and at <= last for to, at in with_products if (to, at) != (first, last))
     ]
-    return max(sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body) for body in innermost)
+
+
+def accesses_in_loop(kernel: Any, folder: Path) -> int:
+    """Accesses to local memory in a loop over boxes."""
+    return max(sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body) for body in loops_of(kernel, folder))
+
+
+@pytest.mark.parametrize("kernel", IN_BOX)
+def test_a_box_takes_few_instructions(kernel: str, tmp_path: Path) -> None:
+    made = compiled(kernel, BLOCKS, 90)
+    assert max(map(len, loops_of(made, tmp_path))) <= IN_BOX[kernel]
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 120])
