@@ -81,6 +81,14 @@ def test_a_mistake_is_found_and_can_be_repeated() -> None:
     assert found.failures[0] in str(found) and f"{len(found.failures)} wrong" in str(found)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_problem_is_begun_when_time_is_up_and_the_report_says_so(jobs: int) -> None:
+    # So many that no machine gets through; processes may need all of their time to begin.
+    found = fuzz(reference.backend, 200_000, jobs=jobs, seconds=1.0 if jobs == 1 else 6.0)
+    assert (jobs == 2 or found.ran > 0) and found.ran < found.wanted == 200_000 and not found.failures
+    assert str(found).startswith(f"reference on cpu: {found.ran} of 200000 random problems")
+
+
 @dataclass(frozen=True)
 class Shifted(reference.Reference):
     """Log-sum-exps off by a constant."""

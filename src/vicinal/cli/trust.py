@@ -1,5 +1,6 @@
 """`check`, `bench`, `doctor`: does it work here, how fast, and what is here."""
 
+import math
 import platform
 import sys
 from functools import partial
@@ -25,6 +26,9 @@ def check(
     fuzz: Annotated[int, typer.Option(metavar="N", help="Instead of the laws, try N random problems.")] = 0,
     seed: Annotated[int, typer.Option(help="The first random problem's.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes that share the random problems.")] = 1,
+    seconds: Annotated[
+        float, typer.Option(help="Begin no random problem after that many, for each backend.")
+    ] = math.inf,
     as_json: Json = False,
 ) -> None:
     """Try on this machine every law that a backend must obey, or random problems. Exit code 1 if one is broken."""
@@ -34,9 +38,11 @@ def check(
 
     if fuzz < 0 or seed < 0 or jobs < 1:
         raise InvalidProblem(f"fuzz and seed must be at least 0 and jobs 1, got {fuzz}, {seed} and {jobs}")
+    if not seconds > 0:
+        raise InvalidProblem(f"seconds must be more than 0, got {seconds:g}")
     place = torch_device(device)
     if fuzz:
-        _fuzz((named(backend),) if backend else ALL, place, fuzz, seed, jobs, as_json)
+        _fuzz((named(backend),) if backend else ALL, place, fuzz, seed, jobs, seconds, as_json)
         return
     with progress("checking") as update:
         reports = [
@@ -64,7 +70,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _fuzz(candidates: Any, place: Any, count: int, seed: int, jobs: int, as_json: bool) -> None:
+def _fuzz(candidates: Any, place: Any, count: int, seed: int, jobs: int, seconds: float, as_json: bool) -> None:
     from dataclasses import asdict
 
     from vicinal.testing import fuzz
@@ -77,6 +83,7 @@ def _fuzz(candidates: Any, place: Any, count: int, seed: int, jobs: int, as_json
                 device=place,
                 first=seed,
                 jobs=jobs,
+                seconds=seconds,
                 progress=lambda done, total, _, who=candidate.name: update(done, total, f"{who}: random problems"),
             )
             for candidate in candidates

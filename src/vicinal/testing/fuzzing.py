@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import random
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -170,14 +172,16 @@ class Fuzzed:
     ran: int
     with_gradients: int
     failures: tuple[str, ...]
+    wanted: int
 
     @property
     def holds(self) -> bool:
         return not self.failures and self.ran > 0
 
     def __str__(self) -> str:
+        ran = str(self.ran) if self.ran == self.wanted else f"{self.ran} of {self.wanted}"
         lines = [
-            f"{self.backend} on {self.device}: {self.ran} random problems, {self.with_gradients} with gradients, "
+            f"{self.backend} on {self.device}: {ran} random problems, {self.with_gradients} with gradients, "
             f"{len(self.failures)} wrong"
         ]
         more = len(self.failures) - MOST_TOLD
@@ -191,6 +195,7 @@ def fuzz(
     device: torch.device | str = "cpu",
     first: int = 0,
     jobs: int = 1,
+    seconds: float = math.inf,
     progress: Callable[[int, int, tuple[str, ...]], None] | None = None,
 ) -> Fuzzed:
     """Try a backend on the problems of seeds `first` to `first + count - 1`.
@@ -201,6 +206,7 @@ def fuzz(
         device: where their tensors lie.
         first: the first seed.
         jobs: processes; kernels that must be compiled take nearly all the time.
+        seconds: no problem is begun after that many; the report says how many were.
         progress: called with the number of problems done, how many there are, and new failures.
 
     Example:
@@ -211,12 +217,14 @@ def fuzz(
     seeds = range(first, first + count)
     families = [list(group) for _, group in groupby(seeds, lambda seed: seed // FAMILY)]
     found: list[Result] = []
-    for result in _results(backend, str(device), families, jobs):
+    deadline = time.time() + seconds
+    for result in _results(backend, str(device), families, jobs, deadline):
         found.append(result)
         if progress is not None:
             progress(sum(each.ran for each in found), count, result.failures)
     ran, with_gradients = sum(each.ran for each in found), sum(each.with_gradients for each in found)
-    return Fuzzed(backend.name, str(device), ran, with_gradients, tuple(f for each in found for f in each.failures))
+    failures = tuple(failure for each in found for failure in each.failures)
+    return Fuzzed(backend.name, str(device), ran, with_gradients, failures, count)
 
 
 class Result(NamedTuple):
@@ -228,10 +236,10 @@ class Result(NamedTuple):
     left: list[int]
 
 
-def _results(backend: Backend, device: str, families: list[list[int]], jobs: int) -> Iterator[Result]:
+def _results(backend: Backend, device: str, families: list[list[int]], jobs: int, deadline: float) -> Iterator[Result]:
     if jobs <= 1:
         for seeds in families:
-            result = _try(backend, device, seeds)
+            result = _try(backend, device, seeds, deadline)
             lost = (f"{len(result.left)} problems from seed {result.left[0]} on were not tried",) if result.left else ()
             yield result._replace(failures=result.failures + lost)
         return
@@ -239,7 +247,7 @@ def _results(backend: Backend, device: str, families: list[list[int]], jobs: int
         left: list[list[int]] = []
         # A process that was forked cannot use CUDA.
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_alone) as pool:
-            for done in as_completed([pool.submit(_try, backend, device, seeds) for seeds in families]):
+            for done in as_completed([pool.submit(_try, backend, device, seeds, deadline) for seeds in families]):
                 result = done.result()
                 left += [result.left] if result.left else []
                 yield result
@@ -254,11 +262,13 @@ _lost = False
 """Whether an earlier problem has lost the device for this process, as an illegal access does."""
 
 
-def _try(backend: Backend, device: str, seeds: list[int]) -> Result:
+def _try(backend: Backend, device: str, seeds: list[int], deadline: float) -> Result:
     global _lost
     failures: list[str] = []
     ran = graded = 0
     for seed in () if _lost else seeds:
+        if time.time() > deadline:
+            return Result(ran, graded, tuple(failures), [])
         what = f"seed {seed}"
         ran += 1
         try:
