@@ -178,3 +178,19 @@ def test_memory_of_calls_is_bounded(monkeypatch: pytest.MonkeyPatch):
         q = torch.randn(1, length, 1, 4)
         neighborhood_attention(q, q, q, 3)
         assert len(_eager._solved) <= 3
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nothing_in_place_of_a_tensor_is_refused_in_words(name: str):
+    tensors: dict[str, Any] = dict(zip(("query", "key", "value"), inputs(), strict=True))
+    for _ in range(2):
+        with pytest.raises(InvalidProblem, match=f"{name} must be a tensor, got NoneType"):
+            neighborhood_attention(**{**tensors, name: None}, kernel_size=3)
+
+
+def test_settings_that_cannot_be_spelled_in_short_are_spelled_out():
+    """Such as a size: it is a tuple, but not only that."""
+    tensors = inputs()
+    expected = neighborhood_attention(*tensors, kernel_size=(3, 5))
+    for _ in range(2):
+        assert torch.equal(neighborhood_attention(*tensors, kernel_size=torch.Size((3, 5))), expected)

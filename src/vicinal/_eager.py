@@ -7,6 +7,7 @@ profiler. Everything else goes through `vicinal.ops`, and gets the same numbers.
 
 from __future__ import annotations
 
+import marshal
 import os
 from contextlib import nullcontext
 from typing import Any
@@ -32,8 +33,9 @@ def is_plain(inputs: Inputs) -> bool:
     """Whether nobody watches, and all tensors are nothing but tensors."""
     if torch.compiler.is_compiling():
         return False
-    for tensor in inputs:
-        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+    query, key, value, *extra = inputs
+    for tensor in (query, key, value, *[tensor for tensor in extra if tensor is not None]):
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
@@ -56,10 +58,9 @@ def attention(inputs: Inputs, settings: dict[str, Any], backend: str | None, til
     Raises:
         InvalidProblem, Unsupported: as `vicinal.neighborhood_attention`.
     """
-    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    needs_grad = torch.is_grad_enabled() and _requires_grad(inputs)
     chosen, plan = _solve(inputs, settings, backend, tiling, needs_grad)
-    device = inputs.query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device := inputs.query.device.type)):
         return Output(*_Attention.apply(chosen, plan, *inputs)) if needs_grad else chosen.forward(plan, inputs)
     # Autocast lowers the calls that PyTorch code makes; what a backend computes in is its own affair.
     torch.set_autocast_enabled(device, False)
@@ -67,6 +68,13 @@ def attention(inputs: Inputs, settings: dict[str, Any], backend: str | None, til
         return Output(*_Attention.apply(chosen, plan, *inputs)) if needs_grad else chosen.forward(plan, inputs)
     finally:
         torch.set_autocast_enabled(device, True)
+
+
+def _requires_grad(inputs: Inputs) -> bool:
+    query, key, value, *extra = inputs
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        return True
+    return any(tensor is not None and tensor.requires_grad for tensor in extra)
 
 
 def _solve(
@@ -78,7 +86,7 @@ def _solve(
         key.shape, key.dtype, key.device, key.layout,
         value.shape, value.dtype, value.device, value.layout,
         id(backends.ALL), tuned.epoch, needs_grad,
-        repr(settings),  # text, since 7, 7.0 and True are different settings that are equal as keys
+        _spelled(settings),
         backend or os.environ.get(backends.VARIABLE),
         tiling,
         *[tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in extra],
@@ -95,6 +103,14 @@ def _solve(
             _solved.clear()
         _solved[kind] = found
     return found
+
+
+def _spelled(settings: dict[str, Any]) -> bytes | str:
+    """Settings as a key: spelled out, since 7, 7.0 and True are different settings that are equal as keys."""
+    try:
+        return marshal.dumps([*settings.values()], 2)  # without references, and three times as fast as `repr`
+    except ValueError:
+        return repr(settings)
 
 
 class _Attention(torch.autograd.Function):

@@ -148,11 +148,12 @@ def attention_with_lse(
         9.0
     """
     settings = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-    floats = _autocast(query, key, value, additional_keys, additional_values, position_bias)
-    q, k, v, more_keys, more_values, bias = floats
-    inputs = Inputs(q, k, v, more_keys, more_values, additional_lengths, bias)
+    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        inputs = _autocast(inputs)
     if _eager.is_plain(inputs):
         return AttentionOutput(*_eager.attention(inputs, {**settings, "scale": scale}, backend, tiling))
+    floats = *inputs[:5], inputs.position_bias
     if not torch.compiler.is_compiling():
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
         ops.problem_of(inputs, {**settings, "scale": scale})
@@ -313,14 +314,15 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         )
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
+def _autocast(inputs: Inputs) -> Inputs:
     """Under autocast, floats of up to 32 bits in its dtype: attention is among the operations that it lowers.
 
     That comes before the arguments are checked, since a layer's table of position bias is of 32 bits while what its
     projections give is lowered already. What is no tensor of floats stays, to be refused in words.
     """
-    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "cpu")
+    device = next((tensor.device.type for tensor in inputs if isinstance(tensor, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return inputs
     dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOWERED else t for t in tensors]
+    lowered: list[Any] = [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOWERED else t for t in inputs]
+    return Inputs(*lowered)._replace(additional_lengths=inputs.additional_lengths)
