@@ -103,6 +103,13 @@ def test_parameters_are_as_the_launcher_lays_them_out() -> None:
     assert kinds == [*one_map * 6, "u64", "u64", *["u32"] * (18 + 24 + 5), "f32", "u64", "u64"]
 
 
+def test_a_kernel_that_only_hands_over_has_a_table_and_no_more() -> None:
+    """What racecheck finds in it is Triton's: nothing else is in shared memory."""
+    from hand_over import compiled
+
+    assert 0 < compiled().metadata.shared <= 16
+
+
 def test_import_is_light() -> None:
     code = "import sys, vicinal.backends.hopper; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,6 @@
 """What a tiling costs on one H100, predicted from the plan; tilings are chosen by it.
 
-    time = max(sum over blocks of (start + tiles * pace) / multiprocessors, one block) + traffic
+    time = launch + max(sum over blocks of (start + tiles * pace) / multiprocessors, one block) + traffic
 
 `tiles` are pairs of 64 queries and a KV box, as the plan counts them; `start` and `pace` are
 measured. The model knows no problem by name: a window, a stride or a dilation enters only through
@@ -24,6 +24,9 @@ from vicinal.tiling import Tiling
 MULTIPROCESSORS = 132
 BYTES_PER_S = 3.0e12
 """Of a large copy on an H100 80GB."""
+
+LAUNCH = 0.008
+"""Milliseconds around a kernel as events measure it, whatever it does: the median that five short ones took longer."""
 
 EXPOSED = 0.25
 """Share of the least possible memory traffic that computing does not hide."""
@@ -102,7 +105,7 @@ def _milliseconds(
     all_blocks = q_tiles * rate.start + consumers * (visited + q_tiles * additional) * pace
     busy = max(problem.batch * problem.heads * all_blocks / MULTIPROCESSORS, one_block)
     traffic = 2 * problem.itemsize * problem.batch * problem.tokens * head_dim * (problem.heads + problem.heads_kv)
-    return busy / 1e3 + EXPOSED * traffic / BYTES_PER_S * 1e3
+    return LAUNCH + busy / 1e3 + EXPOSED * traffic / BYTES_PER_S * 1e3
 
 
 def candidates(problem: Problem) -> Iterator[Tiling]:
