@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="compiling kernels needs triton, which is n
 SMEM = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
 """KiB of shared memory that a block can use."""
 
-SPILLS = {"forward": 16, "queries": 16, "keys": 320, "additional": 48, "bias": 384, "diagonals": 0}
+SPILLS = {"forward": 16, "queries": 16, "keys": 320, "additional": 48, "bias": 256, "diagonals": 0}
 """Bytes per thread, at most. The pass for keys holds two sums in registers, and keeps what it needs once elsewhere."""
 
 MOST_SPILLS = 384

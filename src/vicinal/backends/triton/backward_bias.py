@@ -99,13 +99,14 @@ def bias_gradients(
     in_tile = tokens_in(ROWS, axes)
     t_place, h_place, w_place = places(COLUMNS)
     to_next = heads.to(tl.int64) * axes[0].length * axes[1].length * axes[2].length
-    start = tl.program_id(1).to(tl.int64) * chunk
-    stop = tl.minimum(start + chunk, tiles_of(axes).to(tl.int64) * batches)
+    # In 32 bits: the host sees to it that a problem has fewer tiles than 2^31, in all batch rows and heads.
+    start = tl.program_id(1) * chunk
+    stop = start + tl.minimum(chunk, tiles_of(axes) * batches - start)
     acc = tl.zeros([R, C], tl.float32)
-    for index in tl.range((start // batches).to(tl.int32), ((stop + batches - 1) // batches).to(tl.int32)):
-        passed = batches.to(tl.int64) * index
-        batch = tl.maximum(start - passed, 0).to(tl.int32)
-        end = tl.minimum(stop - passed, batches).to(tl.int32)
+    for index in tl.range(start // batches, (stop - 1) // batches + 1):
+        passed = index * batches
+        batch = tl.maximum(start - passed, 0)
+        end = tl.minimum(stop - passed, batches)
         tile = tile_at(index, batch, head, axes, V)
         is_met = meets(w_ahead, tile.w, axes[2], V.rows[2], V.columns[2], V)
         if V.rank > 1:

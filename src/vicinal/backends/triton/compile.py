@@ -75,10 +75,7 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     aligned = [["tt.divisibility", 16]]
     attrs = {(i,): aligned for i, kind in enumerate(signature.values()) if str(kind).startswith("*")}
     source = ASTSource(kernel, signature, {"V": variant}, attrs)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    if target.arch == 90 and variant.shares_multiprocessor:
-        options["maxnreg"] = 128
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
 
 
 @lru_cache(maxsize=1024)

@@ -115,14 +115,6 @@ class Variant:
         return self.kernel == "keys"
 
     @property
-    def shares_multiprocessor(self) -> bool:
-        """Whether registers are to be left for a second block: one alone waits between its products.
-
-        What spills then is what a tile needs once for all batch rows.
-        """
-        return self.kernel == "bias" and self.warps == 8 and self.unit == 8 and self.depth + self.depth_v <= 128
-
-    @property
     def unit(self) -> int:
         """Elements in 16 bytes."""
         return 4 if self.dtype == "float32" else 8
