@@ -122,7 +122,7 @@ def _wait(barrier: Barrier, phase: Any, pred: Any = True) -> None:
 MBARRIER = types.SimpleNamespace(
     init=lambda barrier, count: barrier.init(count),
     expect=lambda barrier, nbytes, pred=True: barrier.note(1, number(nbytes)) if np.all(pred) else None,
-    arrive=lambda barrier: barrier.note(1, 0),
+    arrive=lambda barrier, pred=True: barrier.note(1, 0) if np.all(pred) else None,
     wait=_wait,
     MBarrierLayout=lambda: "barriers",
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vicinal.backends.hopper.cost_backward import HEAD_DIMS, RATES, additional_variant, ranked_cuts
-from vicinal.backends.hopper.variant import SMEM_BYTES, Sums, Variant
+from vicinal.backends.hopper.variant import SMEM_BYTES, Sums, Variant, stages_of
 from vicinal.problem import Problem
 
 triton = pytest.importorskip("triton", reason="compiling kernels needs triton, which is not installed")
@@ -26,8 +27,12 @@ def variants() -> list[Variant]:
         found.append(Variant(*common, "coded", kernel=kernel))
         line = ("float16", head_dim, 1, (1, 1, 64), 2, consumers, (1, 1, columns), 2)
         found.append(Variant(*line, "select", is_causal=True, has_additional=kernel == "queries", kernel=kernel))
+        if consumers == 2:
+            found.append(replace(found[-2], skips=True))
+            found.append(replace(found[-2], skips=True, has_additional=False))
+            found += [replace(variant, mask="none", is_causal=False) for variant in found[-4:-2]]
     found += [additional_variant(Problem.grid((64, 64), 8, head_dim=n, additional=9)) for n in HEAD_DIMS]
-    return found
+    return [replace(variant, stages=stages_of(variant)) for variant in found]
 
 
 MOST_STACK = 128

@@ -164,6 +164,27 @@ def test_keeps_no_more_than_outputs_and_their_sums() -> None:
     assert grown <= wanted + 8 * 512  # the allocator's rounding
 
 
+def test_more_elements_than_32_bits_count() -> None:
+    """The last tokens, whose elements lie past number 2^31, against the same tokens alone."""
+    heads, length, window = 8, 2**21 + 640, 129
+    free, _ = torch.cuda.mem_get_info()
+    if free < 9 * 2 * length * heads * 128:
+        pytest.skip("needs 39 GB of free memory on the card")
+    whole = [noise(1, length, heads, 128).requires_grad_() for _ in range(3)]
+    grad = noise(1, length, heads, 128)
+    assert grad.numel() > 2**31
+    ends = [tensor.detach()[:, -4096:].contiguous().requires_grad_() for tensor in whole]
+
+    def solved(tensors: list[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = neighborhood_attention(*tensors, window, backend="hopper")  # type: ignore[arg-type]
+        return torch.autograd.grad(out, tensors, grad)
+
+    found, wanted = solved(whole, grad), solved(ends, grad[:, -4096:])
+    for ours, theirs in zip(found, wanted, strict=True):
+        # Windows of the first tokens of the shorter grid end at its edge; what they see reaches no further than 256.
+        torch.testing.assert_close(ours[:, -3072:], theirs[:, -3072:], rtol=2e-2, atol=2e-3)
+
+
 def test_grouped_heads_sum_over_their_queries() -> None:
     problem = replace(PROBLEM, heads=6, heads_kv=2)
     shape = (2, *problem.shape)

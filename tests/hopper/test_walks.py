@@ -83,7 +83,10 @@ def walked(problem: Problem, variant: Variant, slab: int) -> np.ndarray[Any, Any
                 axes, spans, [s.first + p for s, p in zip(spans, map(np.ravel, places), strict=True)]
             )
             mask = DEVICE.mask_of(tile, args, None, variant, number)
+            edge = DEVICE.edge_of(tile, args, variant, number) if variant.skips else None
             for box in product(*(range(span.visited) for span in spans)):
+                if variant.skips and not DEVICE.sees_box(*map(array, box), edge, variant, number):
+                    continue
                 places = np.unravel_index(np.arange(prod(variant.kv_box)), variant.kv_box)
                 members = [s.origin + b * n + p for s, b, n, p in zip(spans, box, variant.kv_box, places, strict=True)]
                 column, column_exists = tokens(axes, spans, members)

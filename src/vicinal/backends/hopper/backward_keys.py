@@ -25,7 +25,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vicinal.backends.hopper.mask import mask_of, place_code
 from vicinal.backends.hopper.softmax import as_operand, hide, output_layout, scores_layout, start_scores
-from vicinal.backends.hopper.tile import Span, Tile, column, next_box, next_slot, read_again, store_box, tile_of
+from vicinal.backends.hopper.tile import (
+    Span,
+    Tile,
+    column,
+    edge_of,
+    hold_order,
+    next_box,
+    next_slot,
+    read_again,
+    sees_box,
+    store_box,
+    tile_of,
+)
 from vicinal.backends.hopper.tile import load_keys as load_columns
 from vicinal.backends.hopper.tile import load_queries as load_rows
 from vicinal.backends.hopper.tile import query_place as rows_place
@@ -121,46 +133,127 @@ def produce(block, query, grad_out, key, value, lse, delta, axes, steps, row_col
             slot, phase = next_slot(slot, phase, V.stages)
 
 
+class Rows(NamedTuple):
+    """What one warpgroup knows of its keys."""
+
+    key: Any
+    value: Any
+    mask: Any
+    edge: Any
+
+
 @gluon.jit
-def accumulate(number: gl.constexpr, block, axes, scale, V: gl.constexpr):
-    """`dK` (short of its scale) and `dV` of the rows of one warpgroup."""
-    dtype: gl.constexpr = block.query.dtype
-    layout: gl.constexpr = scores_layout(V)
-    per_query: gl.constexpr = gl.SliceLayout(0, layout)
-    tile = block.tile
-    walk = block.walk
-    mask = mask_of(tile, read_again(axes), layout, V, number) if V.mask != "none" else 0
+def own_rows(number: gl.constexpr, block, axes, V: gl.constexpr):
+    """The keys of one warpgroup."""
     k = block.key.index(number).reshape([64, V.head_dim])
     v = block.value.index(number).reshape([64, V.head_dim])
+    if V.mask != "none":
+        told = read_again(axes)
+        edge = edge_of(block.tile, told, V, number) if V.skips else 0
+        return Rows(k, v, mask_of(block.tile, told, scores_layout(V), V, number), edge)
+    else:
+        return Rows(k, v, 0, 0)
+
+
+@gluon.jit
+def start_box(rows, block, slot, phase, t, h, w, V: gl.constexpr):
+    """Start the scores of a box, whose queries have arrived, and their gradients `dP`."""
+    nothing = gl.full([64, V.keys], 0.0, gl.float32, scores_layout(V))
+    scores = start_scores(rows.key, block.query.index(slot), rows.mask, block.code, t, h, w, True, V)
+    mbarrier.wait(block.full.index(2 * slot + 1), phase)
+    do = block.grad_out.index(slot).reshape([V.keys, V.head_dim])
+    return scores, warpgroup_mma(rows.value, do.permute([1, 0]), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def sums_of(number, block, V: gl.constexpr):
+    """One number of each query of a box, spread over the keys."""
+    return gl.expand_dims(block.sums.index(number).load(gl.SliceLayout(0, scores_layout(V))), 0)
+
+
+@gluon.jit
+def weigh(scores, lse, rows, t, h, w, scale, V: gl.constexpr):
+    """The weights of a box."""
+    return gl.exp2(hide(scores, rows.mask, t, h, w, True, 0, V) * scale - lse)
+
+
+@gluon.jit
+def multiply(weights, columns, slot, total, V: gl.constexpr):
+    """Start `total + weights^T columns`, the columns being queries or output gradients."""
+    return warpgroup_mma(weights, columns.index(slot).reshape([V.keys, V.head_dim]), total, is_async=True)
+
+
+@gluon.jit
+def add_box(dk, dv, rows, block, slot, phase, t, h, w, scale, V: gl.constexpr):
+    """What a box adds to `dK` and `dV`. Its queries have arrived."""
+    scores, dp = start_box(rows, block, slot, phase, t, h, w, V)
+    lse = sums_of(2 * slot, block, V)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    weights = weigh(scores, lse, rows, t, h, w, scale, V)
+    p = as_operand(weights, block.query.dtype, V)
+    next_dv = multiply(p, block.grad_out, slot, dv, V)
+    dp = warpgroup_mma_wait(1, deps=[dp])
+    ds = as_operand(weights * (dp - sums_of(2 * slot + 1, block, V)), block.query.dtype, V)
+    next_dk = multiply(ds, block.query, slot, dk, V)
+    dv, p, dk, ds = warpgroup_mma_wait(0, deps=[next_dv, p, next_dk, ds])
+    return dk, dv
+
+
+@gluon.jit
+def add_box_late(dk, dv, ds, before, rows, block, slot, phase, t, h, w, scale, V: gl.constexpr):
+    """What a box adds to `dV`, and its `dS`; and what the box in slot `before`, which is released, adds to `dK`."""
+    has_before = before >= 0
+    before = gl.where(has_before, before, slot)  # the first box has none before it, and a `dS` of zeros
+    scores, dp = start_box(rows, block, slot, phase, t, h, w, V)
+    next_dk = multiply(ds, block.query, before, dk, V)
+    lse = sums_of(2 * slot, block, V)
+    scores = warpgroup_mma_wait(2, deps=[scores])
+    weights = weigh(scores, lse, rows, t, h, w, scale, V)
+    p = as_operand(weights, block.query.dtype, V)
+    next_dv = multiply(p, block.grad_out, slot, dv, V)
+    dp, dk, ds = warpgroup_mma_wait(1, deps=[dp, next_dk, ds])
+    mbarrier.arrive(block.free.index(before), pred=has_before)
+    ds = as_operand(weights * (dp - sums_of(2 * slot + 1, block, V)), block.query.dtype, V)
+    hold_order(block)
+    dv, p = warpgroup_mma_wait(0, deps=[next_dv, p])
+    return dk, dv, ds
+
+
+@gluon.jit
+def accumulate(number: gl.constexpr, block, axes, scale, V: gl.constexpr):
+    """`dK` (short of its scale) and `dV` of the rows of one warpgroup.
+
+    If `V.is_late`, the `dS` of a box meets its queries, in slot `before`, together with the first products of the next
+    box, so that a product is under way while exponentials are computed.
+    """
+    rows = own_rows(number, block, axes, V)
+    walk = block.walk
     dk = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
     dv = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
-    nothing = gl.full([64, V.keys], 0.0, gl.float32, layout)
+    ds = as_operand(gl.full([64, V.keys], 0.0, gl.float32, scores_layout(V)), block.query.dtype, V)
+    before = -1
     slot = 0
     phase = 0
     mbarrier.wait(block.rows_full.index(number), 0)
     for _ in range(walk.heads):
-        t, h, w = first_place(walk, tile, V)
+        t, h, w = first_place(walk, block.tile, V)
         for _ in range(walk.boxes):
-            q = block.query.index(slot)
-            do = block.grad_out.index(slot).reshape([V.keys, V.head_dim])
             mbarrier.wait(block.full.index(2 * slot), phase)
-            scores = start_scores(k, q, mask, block.code, t, h, w, True, V)
-            mbarrier.wait(block.full.index(2 * slot + 1), phase)
-            dp = warpgroup_mma(v, do.permute([1, 0]), nothing, use_acc=False, is_async=True)
-            lse = gl.expand_dims(block.sums.index(2 * slot).load(per_query), 0)
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            scores = hide(scores, mask, t, h, w, True, 0, V)
-            weights = gl.exp2(scores * scale - lse)
-            p = as_operand(weights, dtype, V)
-            next_dv = warpgroup_mma(p, do, dv, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=[dp])
-            shift = gl.expand_dims(block.sums.index(2 * slot + 1).load(per_query), 0)
-            ds = as_operand(weights * (dp - shift), dtype, V)
-            next_dk = warpgroup_mma(ds, q.reshape([V.keys, V.head_dim]), dk, is_async=True)
-            t, h, w = next_box(t, h, w, tile, V)
-            dv, p, dk, ds = warpgroup_mma_wait(0, deps=[next_dv, p, next_dk, ds])
-            mbarrier.arrive(block.free.index(slot))
+            if V.is_late:
+                dk, dv, ds = add_box_late(dk, dv, ds, before, rows, block, slot, phase, t, h, w, scale, V)
+                before = slot
+            else:
+                sees = sees_box(t, h, w, rows.edge, V, number) if V.skips else True
+                if sees:
+                    dk, dv = add_box(dk, dv, rows, block, slot, phase, t, h, w, scale, V)
+                else:
+                    mbarrier.wait(block.full.index(2 * slot + 1), phase)
+                mbarrier.arrive(block.free.index(slot))
+            t, h, w = next_box(t, h, w, block.tile, V)
             slot, phase = next_slot(slot, phase, V.stages)
+    if V.is_late:
+        if before >= 0:
+            dk = warpgroup_mma_wait(0, deps=[multiply(ds, block.query, before, dk, V)])
     return dk, dv
 
 

@@ -21,11 +21,14 @@ from vicinal.backends.hopper.tile import (
     Columns,
     column,
     counts_of,
+    edge_of,
+    hold_order,
     load_next,
     load_queries,
     next_box,
     next_slot,
     query_place,
+    sees_box,
     store_box,
     tile_of,
     valid_from,
@@ -79,56 +82,181 @@ def produce(block, query, grad_out, key, value, more_key, more_value, V: gl.cons
         slot, phase = next_slot(slot, phase, V.stages)
 
 
+class Rows(NamedTuple):
+    """What one warpgroup knows of its queries."""
+
+    query: Any
+    grad_out: Any
+    lse: Any
+    delta: Any
+    mask: Any
+    edge: Any
+
+
 @gluon.jit
-def accumulate(number: gl.constexpr, block, axes, heads, lse, delta, scale, V: gl.constexpr):
-    """`dQ` of the rows of one warpgroup, short of its scale."""
-    dtype: gl.constexpr = block.key.dtype
-    layout: gl.constexpr = scores_layout(V)
+def own_rows(number: gl.constexpr, block, axes, heads, lse, delta, V: gl.constexpr):
+    """The queries of one warpgroup."""
     tile = block.tile
-    counts = block.counts
-    mask = mask_of(tile, axes, layout, V, number)
+    mask = mask_of(tile, axes, scores_layout(V), V, number)
+    edge = edge_of(tile, axes, V, number) if V.skips else 0
     token = tokens_of(tile, axes, V, number)
     tokens = axes[0].length * axes[1].length * axes[2].length
     place = (tile.batch * heads + tile.head).to(gl.int64) * tokens + token
     # Queries past the grid's end compute nonsense that is clipped; a weight of 0 keeps it finite.
     own_lse = gl.expand_dims(gl.load(lse + place, mask=token >= 0, other=float("inf")), 1)
-    shift = gl.expand_dims(gl.load(delta + place, mask=token >= 0, other=0.0), 1)
+    own_delta = gl.expand_dims(gl.load(delta + place, mask=token >= 0, other=0.0), 1)
     q = block.query.index(number).reshape([64, V.head_dim])
     do = block.grad_out.index(number).reshape([64, V.head_dim])
-    dq = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
-    nothing = gl.full([64, V.keys], 0.0, gl.float32, layout)
+    return Rows(q, do, own_lse, own_delta, mask, edge)
+
+
+@gluon.jit
+def start_box(rows, block, i, slot, phase, t, h, w, V: gl.constexpr):
+    """Start the scores of box `i`, whose keys have arrived, and their gradients `dP`."""
+    nothing = gl.full([64, V.keys], 0.0, gl.float32, scores_layout(V))
+    in_window = i < block.counts.boxes
+    scores = start_scores(rows.query, block.key.index(slot), rows.mask, block.code, t, h, w, in_window, V)
+    mbarrier.wait(block.full.index(2 * slot + 1), phase)
+    v = block.value.index(slot).reshape([V.keys, V.head_dim])
+    return scores, warpgroup_mma(rows.grad_out, v.permute([1, 0]), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weigh(scores, rows, block, i, t, h, w, scale, V: gl.constexpr):
+    """The weights of box `i`."""
+    scores = hide(scores, rows.mask, t, h, w, i < block.counts.boxes, valid_from(block.counts, i, V), V)
+    return gl.exp2(scores * scale - rows.lse)
+
+
+@gluon.jit
+def multiply(ds, block, slot, dq, V: gl.constexpr):
+    """Start `dQ + dS K`."""
+    return warpgroup_mma(ds, block.key.index(slot).reshape([V.keys, V.head_dim]), dq, is_async=True)
+
+
+@gluon.jit
+def add_box(dq, rows, block, i, slot, phase, t, h, w, scale, V: gl.constexpr):
+    """What box `i` adds to `dQ`. Its keys have arrived; its values are released."""
+    scores, dp = start_box(rows, block, i, slot, phase, t, h, w, V)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    weights = weigh(scores, rows, block, i, t, h, w, scale, V)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    mbarrier.arrive(block.free.index(2 * slot + 1))
+    ds = as_operand(weights * (dp - rows.delta), block.key.dtype, V)
+    next_dq = multiply(ds, block, slot, dq, V)
+    dq, ds = warpgroup_mma_wait(0, deps=[next_dq, ds])
+    return dq
+
+
+@gluon.jit
+def add_box_late(dq, ds, before, rows, block, i, slot, phase, t, h, w, scale, V: gl.constexpr):
+    """What the box in slot `before` adds to `dQ`, by its `dS`, while the `dS` of box `i` is computed."""
+    scores, dp = start_box(rows, block, i, slot, phase, t, h, w, V)
+    next_dq = multiply(ds, block, before, dq, V)
+    scores = warpgroup_mma_wait(2, deps=[scores])
+    weights = weigh(scores, rows, block, i, t, h, w, scale, V)
+    hold_order(block)
+    dp = warpgroup_mma_wait(1, deps=[dp])
+    mbarrier.arrive(block.free.index(2 * slot + 1))
+    next_ds = as_operand(weights * (dp - rows.delta), block.key.dtype, V)
+    hold_order(block)
+    dq, ds = warpgroup_mma_wait(0, deps=[next_dq, next_ds])
+    return dq, ds
+
+
+@gluon.jit
+def no_gradients(block, V: gl.constexpr):
+    """A `dS` that adds nothing."""
+    return as_operand(gl.full([64, V.keys], 0.0, gl.float32, scores_layout(V)), block.key.dtype, V)
+
+
+@gluon.jit
+def walk(dq, number: gl.constexpr, rows, block, scale, V: gl.constexpr):
+    """`dQ` of one warpgroup, short of its scale.
+
+    If `V.is_late`, the `dS` of a box meets its keys, in slot `before`, together with the first products of the next
+    box, so that a product is under way while exponentials are computed. `passed` counts the boxes passed by since.
+    """
+    counts = block.counts
+    ds = no_gradients(block, V)
+    before = -1
+    passed = 0
     slot = 0
     phase = 0
     t = 0
     h = 0
     w = 0
-    mbarrier.wait(block.rows_full.index(number), 0)
     for i in range(counts.boxes + counts.more_tiles):
-        in_window = i < counts.boxes
-        k = block.key.index(slot)
-        v = block.value.index(slot).reshape([V.keys, V.head_dim])
         mbarrier.wait(block.full.index(2 * slot), phase)
-        scores = start_scores(q, k, mask, block.code, t, h, w, in_window, V)
-        mbarrier.wait(block.full.index(2 * slot + 1), phase)
-        dp = warpgroup_mma(do, v.permute([1, 0]), nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        scores = hide(scores, mask, t, h, w, in_window, valid_from(counts, i, V), V)
-        weights = gl.exp2(scores * scale - own_lse)
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        mbarrier.arrive(block.free.index(2 * slot + 1))
-        ds = as_operand(weights * (dp - shift), dtype, V)
-        next_dq = warpgroup_mma(ds, k.reshape([V.keys, V.head_dim]), dq, is_async=True)
-        t, h, w = next_box(t, h, w, tile, V)
-        dq, ds = warpgroup_mma_wait(0, deps=[next_dq, ds])
-        mbarrier.arrive(block.free.index(2 * slot))
+        sees = True
+        if V.skips:
+            sees = sees_box(t, h, w, rows.edge, V, number)
+            if V.has_additional:
+                sees = sees | (i >= counts.boxes)
+        if sees:
+            if V.is_late:
+                own = gl.where(before < 0, slot, before)  # the first box has none before it
+                dq, ds = add_box_late(dq, ds, own, rows, block, i, slot, phase, t, h, w, scale, V)
+                mbarrier.arrive(block.free.index(2 * own), pred=before >= 0)
+                before = slot
+                passed = 0
+            else:
+                dq = add_box(dq, rows, block, i, slot, phase, t, h, w, scale, V)
+                mbarrier.arrive(block.free.index(2 * slot))
+        else:
+            if V.is_late:
+                if (passed == V.stages - 2) & (before >= 0):  # all other slots wait for this one
+                    dq = warpgroup_mma_wait(0, deps=[multiply(ds, block, before, dq, V)])
+                    mbarrier.arrive(block.free.index(2 * before))
+                    ds = no_gradients(block, V)
+                    before = -1
+                passed += 1
+            mbarrier.wait(block.full.index(2 * slot + 1), phase)
+            mbarrier.arrive(block.free.index(2 * slot + 1))
+            mbarrier.arrive(block.free.index(2 * slot))
+        t, h, w = next_box(t, h, w, block.tile, V)
         slot, phase = next_slot(slot, phase, V.stages)
+    if V.is_late:
+        if before >= 0:
+            dq = warpgroup_mma_wait(0, deps=[multiply(ds, block, before, dq, V)])
     return dq
+
+
+@gluon.jit
+def walk_unmasked(dq, rows, block, scale, V: gl.constexpr):
+    """As `walk` where `V.is_late` and every row sees all: the first box by itself, which is 2 to 6% faster."""
+    t = 0
+    h = 0
+    w = 0
+    slot = 0
+    phase = 0
+    mbarrier.wait(block.full.index(0), 0)
+    scores, dp = start_box(rows, block, 0, slot, phase, t, h, w, V)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    weights = weigh(scores, rows, block, 0, t, h, w, scale, V)
+    mbarrier.arrive(block.free.index(1))
+    ds = as_operand(weights * (dp - rows.delta), block.key.dtype, V)
+    for i in range(1, block.counts.boxes + block.counts.more_tiles):
+        before = slot
+        t, h, w = next_box(t, h, w, block.tile, V)
+        slot, phase = next_slot(slot, phase, V.stages)
+        mbarrier.wait(block.full.index(2 * slot), phase)
+        dq, ds = add_box_late(dq, ds, before, rows, block, i, slot, phase, t, h, w, scale, V)
+        mbarrier.arrive(block.free.index(2 * before))
+    return warpgroup_mma_wait(0, deps=[multiply(ds, block, slot, dq, V)])
 
 
 @gluon.jit
 def consume(number: gl.constexpr, block, grad_query, axes, heads, lse, delta, scale, grad_scale, V: gl.constexpr):
     """Gradients of one warpgroup's queries, written where the queries were."""
-    dq = accumulate(number, block, axes, heads, lse, delta, scale, V)
+    rows = own_rows(number, block, axes, heads, lse, delta, V)
+    dq = gl.full([64, V.head_dim], 0.0, gl.float32, output_layout(V))
+    mbarrier.wait(block.rows_full.index(number), 0)
+    if V.is_late and V.mask == "none":
+        dq = walk_unmasked(dq, rows, block, scale, V)
+    else:
+        dq = walk(dq, number, rows, block, scale, V)
     q = block.query.index(number)
     q.reshape([64, V.head_dim]).store((dq * grad_scale).to(grad_query.dtype))
     fence_async_shared()

@@ -9,16 +9,16 @@ from math import prod
 from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.hopper.cost import MULTIPROCESSORS, Rate, boxes, q_tiles
+from vicinal.backends.hopper.cost import MULTIPROCESSORS, Rate, boxes
 from vicinal.backends.hopper.variant import Variant, code_width, mask_for, variant_for
 from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
 
 RATES: dict[tuple[str, int, int, int], Rate] = {
-    # (kernel, head_dim, warpgroups, columns of a box): fitted to 62 timings, bf16, sustained clocks.
+    # (kernel, head_dim, warpgroups, columns of a box): fitted to some 80 timings, bf16, sustained clocks.
     ("keys", 32, 1, 64): Rate(1.0, 0.25, 0.02, 0.15),
-    ("keys", 64, 1, 32): Rate(1.6, 0.272, 0.0, 0.12),
-    ("keys", 64, 1, 64): Rate(1.6, 0.489, 0.042, 0.25),
+    ("keys", 64, 1, 32): Rate(1.6, 0.262, 0.020, 0.12),
+    ("keys", 64, 1, 64): Rate(1.6, 0.494, 0.011, 0.25),
     ("keys", 64, 2, 64): Rate(4.5, 0.555, 0.0, 0.25),
     ("keys", 128, 1, 64): Rate(1.0, 0.89, 0.02, 0.60),
     ("keys", 128, 2, 64): Rate(2.2, 0.821, 0.0, 0.46),
@@ -27,12 +27,16 @@ RATES: dict[tuple[str, int, int, int], Rate] = {
     ("queries", 64, 2, 128): Rate(3.8, 0.66, 0.009, 0.30),
     ("queries", 128, 1, 64): Rate(1.0, 0.63, 0.003, 0.30),
     ("queries", 128, 2, 64): Rate(0.5, 0.565, 0.0, 0.31),
-    ("queries", 128, 2, 128): Rate(0.5, 1.112, 0.019, 0.52),
+    ("queries", 128, 2, 128): Rate(0.5, 1.15, 0.019, 0.52),
 }
 """Measured as in `cost.RATES`. One warpgroup means that blocks are small enough for two or more to share a
 multiprocessor."""
 
 HEAD_DIMS = tuple(sorted({head_dim for _, head_dim, _, _ in RATES}))
+
+
+PASSING = 1.05
+"""Factor of the pace where warpgroups pass by boxes that only the other one's rows see: they no longer go in step."""
 
 
 class Cut(NamedTuple):
@@ -42,25 +46,58 @@ class Cut(NamedTuple):
     milliseconds: float
 
 
+class Shape(NamedTuple):
+    """A cut short of its `Variant`. `stack` counts three axes, `walked` pairs of rows and columns."""
+
+    row_tile: tuple[int, ...]
+    stack: int
+    box: tuple[int, ...]
+    mask: str
+    skips: bool
+    walked: int
+
+
 @lru_cache(maxsize=65536)
 def _counts(axis: Axis, rows: int, columns: int, is_inverse: bool) -> tuple[int, int, int, int]:
     plan = AxisPlan(axis, rows, columns, is_inverse=is_inverse)
     return plan.q_tiles, plan.visited, plan.full, plan.most_visited
 
 
-def _cuts(kernel: str, problem: Problem) -> Iterator[Cut]:
-    is_inverse = kernel == "keys"
+@lru_cache(maxsize=65536)
+def seen(axis: Axis, rows: int, columns: int, is_inverse: bool) -> int:
+    """Boxes along an axis that the halves of tiles of rows see, of those that their tile visits, added up.
+
+    Example:
+        >>> seen(Axis(256, 1), 128, 32, False)  # each half sees two of four
+        8
+    """
+    boxes = 0
+    for axis_of_group in axis.subaxes():
+        sees = axis_of_group.viewers if is_inverse else axis_of_group.window
+        last = axis_of_group.length - 1
+        for first in range(0, axis_of_group.length, rows):
+            origin = sees(first).start
+            for start in range(first, min(first + rows, last + 1), rows // 2):
+                stop = sees(min(start + rows // 2 - 1, last)).stop
+                boxes += max(ceil_div(stop - origin, columns) - (sees(start).start - origin) // columns, 0)
+    return boxes
+
+
+def _shapes(kernel: str, problem: Problem) -> Iterator[tuple[float, Shape]]:
+    """Every way to cut a pass, and the milliseconds that it is predicted to take."""
+    is_inverse, missing = kernel == "keys", 3 - problem.rank
     heads = problem.heads_kv if is_inverse else problem.heads
     repeats = problem.heads // heads
     for (name, head_dim, consumers, columns), rate in RATES.items():
         if (name, head_dim) != (kernel, problem.head_dim):
             continue
         additional = 0 if is_inverse else ceil_div(problem.additional, columns)
-        for row_tile, box in product(q_tiles(consumers, problem.rank), boxes(columns, problem.rank)):
+        for (row_tile, stack), box in product(_row_tiles(consumers, problem.rank), boxes(columns, problem.rank)):
             width, is_reduced = code_width(box)
             if problem.rank > 1 and width > 32:
                 continue
-            counts = [_counts(axis, r, c, is_inverse) for axis, r, c in zip(problem.axes, row_tile, box, strict=True)]
+            cuts = list(zip(problem.axes, row_tile, box, strict=True))
+            counts = [_counts(*cut, is_inverse) for cut in cuts]
             tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
             mask = "none" if visited == full else mask_for(box)
             pace = rate.pace
@@ -68,21 +105,36 @@ def _cuts(kernel: str, problem: Problem) -> Iterator[Cut]:
                 pace += rate.coded * (1 + is_reduced + 2 * (width > 16))
             elif mask == "select":
                 pace += rate.select * (visited - full) / visited
-            one = rate.start + consumers * (longest * repeats + additional) * pace
-            everything = tiles * rate.start + consumers * (visited * repeats + tiles * additional) * pace
+            share = 1.0
+            if consumers == 2 and mask != "none":
+                share = PASSING * seen(*cuts[stack], is_inverse) / (2 * counts[stack][1])
+            one = rate.start + consumers * (longest * min(share, 1) * repeats + additional) * pace
+            everything = tiles * rate.start
+            everything += consumers * (visited * min(share, 1) * repeats + tiles * additional) * pace
             time = max(problem.batch * heads * everything / MULTIPROCESSORS, one) / 1e3
-            yield Cut(variant_for(problem, row_tile, box, mask, kernel), time)
+            yield time, Shape(row_tile, stack + missing, box, mask, share < 1, visited * prod(row_tile) * columns)
+
+
+def _row_tiles(consumers: int, rank: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Tiles of that many boxes of 64 rows, and the axis that these are stacked on."""
+    for box in boxes(64, rank):
+        for stack in range(rank if consumers > 1 else 1):
+            yield tuple(n * consumers if i == stack else n for i, n in enumerate(box)), stack
 
 
 @lru_cache(maxsize=1024)
 def ranked_cuts(kernel: str, problem: Problem, most: int = 16) -> tuple[Cut, ...]:
     """The `most` most promising cuts of the pass `"keys"` or `"queries"`, the least predicted time first."""
 
-    def order(cut: Cut) -> tuple[float, bool, tuple[int, ...]]:
-        variant = cut.variant
-        return round(cut.milliseconds, 5), variant.kv_box != variant.q_tile, variant.q_tile[::-1]
+    def order(found: tuple[float, Shape]) -> tuple[float, bool, int, bool, tuple[int, ...]]:
+        time, shape = found
+        return round(time, 5), shape.skips, shape.walked, shape.box != shape.row_tile, shape.row_tile[::-1]
 
-    return tuple(sorted(_cuts(kernel, problem), key=order)[:most])
+    best = sorted(_shapes(kernel, problem), key=order)[:most]
+    return tuple(
+        Cut(variant_for(problem, cut.row_tile, cut.box, cut.mask, kernel, stack=cut.stack, skips=cut.skips), time)
+        for time, cut in best
+    )
 
 
 def additional_variant(problem: Problem) -> Variant:

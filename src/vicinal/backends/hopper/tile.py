@@ -268,6 +268,42 @@ def row_places(rows, V: gl.constexpr, consumer: gl.constexpr):
 
 
 @gluon.jit
+def edge_of(tile, axes, V: gl.constexpr, consumer: gl.constexpr):
+    """Number of a box along the axis that two warpgroups are stacked on, see `sees_box`.
+
+    Two tiles side by side walk the boxes that either sees. The first ends early and the second begins late: this is
+    one past the last box that a row of the first sees, or the first box that a row of the second sees.
+    """
+    SIDE: gl.constexpr = V.box[V.stack]
+    BOX: gl.constexpr = V.kv_box[V.stack]
+    span = (tile.t, tile.h, tile.w)[V.stack]
+    axis = axes[V.stack]
+    if consumer == 0:
+        last = gl.minimum(span.first + SIDE, span.members) - 1
+        return (seen_stop(last, span.members, axis, V.is_inverse) - span.origin + BOX - 1) // BOX
+    else:
+        first = span.first + SIDE
+        start = seen_start(gl.minimum(first, span.members - 1), span.members, axis, V.is_inverse)
+        return gl.where(first < span.members, (start - span.origin) // BOX, 0x7FFFFFFF)
+
+
+@gluon.jit
+def sees_box(t, h, w, edge, V: gl.constexpr, consumer: gl.constexpr):
+    """Whether some row of this warpgroup sees box `(t, h, w)` of those that its block walks."""
+    place = (t, h, w)[V.stack]
+    if consumer == 0:
+        return place < edge
+    else:
+        return place >= edge
+
+
+@gluon.jit
+def hold_order(block):
+    """Waits for nothing, but ends a basic block: the assembler would move exponentials behind the wait that follows."""
+    mbarrier.wait(block.rows_full.index(0), 0)
+
+
+@gluon.jit
 def next_box(t, h, w, tile, V: gl.constexpr):
     """The KV box after this one, the last axis fastest."""
     w = w + 1

@@ -6,7 +6,8 @@ kernels always see three axes; a grid of lower rank gets leading axes of one tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ class Variant:
         has_additional: whether there are additional keys.
         kernel: `"forward"`, or whose gradients it computes: `"queries"`, `"keys"` (and values) or `"additional"`
             keys. For the last two, queries and keys have changed places in all that is said here.
+        skips: whether each of two warpgroups passes by boxes that only the other one's rows see.
     """
 
     dtype: str
@@ -74,6 +76,7 @@ class Variant:
     is_causal: bool = False
     has_additional: bool = False
     kernel: str = "forward"
+    skips: bool = False
 
     @property
     def is_inverse(self) -> bool:
@@ -117,6 +120,18 @@ class Variant:
         With heads of 256 it has no registers for the loop; and outputs on their way would lie in empty slots.
         """
         return self.consumers == 1 and self.head_dim < 256 and self.empty == 0
+
+    @property
+    def is_late(self) -> bool:
+        """Whether gradients of a box's scores are multiplied while those of the next box are computed.
+
+        Then a warpgroup has a product under way at all times. That takes registers, which a mask of the pass for keys
+        leaves too few of.
+        """
+        has_registers = (self.kernel == "keys" and self.mask == "none") or (
+            self.kernel == "queries" and self.keys == 64
+        )
+        return has_registers and self.head_dim == 128 and self.consumers == 2
 
     @property
     def registers(self) -> int:
@@ -238,13 +253,13 @@ def why_not_tiling(tiling: Tiling, head_dim: int) -> tuple[str, ...]:
     return tuple(reason for holds, reason in facts if not holds)
 
 
-def split(q_tile: tuple[int, ...]) -> tuple[tuple[int, int, int], int, int] | None:
-    """`q_tile` as a box of 64 queries, the axis that boxes are stacked on, and their number."""
+def split(q_tile: tuple[int, ...], stacks: Iterable[int] = range(3)) -> tuple[tuple[int, int, int], int, int] | None:
+    """`q_tile` as a box of 64 queries, the axis that boxes are stacked on (the first fitting one), and their number."""
     tile = three(q_tile)
     consumers = prod(tile) // ROWS
     if consumers * ROWS != prod(tile):
         return None
-    for stack in range(3):
+    for stack in stacks:
         box = tuple(n // consumers if i == stack else n for i, n in enumerate(tile))
         if tile[stack] % consumers == 0 and all(n & (n - 1) == 0 for n in box):
             return three(box), stack, consumers
@@ -271,13 +286,14 @@ def mask_for(kv_box: tuple[int, ...]) -> str:
 
 
 def variant_for(
-    problem: Problem, row_tile: tuple[int, ...], box: tuple[int, ...], mask: str, kernel: str = "forward"
-) -> Variant:
-    """What is compiled for a pass of `problem` that walks boxes of columns by tiles of rows."""
-    parts = split(row_tile)
+    problem: Problem, row_tile: tuple[int, ...], box: tuple[int, ...], mask: str, kernel: str = "forward",
+    *, stack: int | None = None, skips: bool = False,
+) -> Variant:  # fmt: skip
+    """What is compiled for a pass of `problem` that walks boxes of columns by tiles of rows, stacked where said."""
+    parts = split(row_tile, range(3) if stack is None else (stack,))
     assert parts is not None  # whoever chose the tile has looked
     row_box, stack, consumers = parts
-    return Variant(
+    variant = Variant(
         dtype=problem.dtype,
         head_dim=problem.head_dim,
         rank=problem.rank,
@@ -285,9 +301,18 @@ def variant_for(
         stack=stack,
         consumers=consumers,
         kv_box=three(box),
-        stages=2 if consumers < 3 else 3,
+        stages=2,
         mask=mask,
         is_causal=mask != "none" and any(problem.is_causal),
         has_additional=kernel in ("forward", "queries") and problem.additional > 0,
         kernel=kernel,
+        skips=skips,
     )
+    return replace(variant, stages=stages_of(variant))
+
+
+def stages_of(variant: Variant) -> int:
+    """How many boxes of columns are best in flight; one is kept for as long as the next is worked on if `is_late`."""
+    if variant.is_late:
+        return 3 if variant.kernel == "keys" else 4
+    return 2 if variant.consumers < 3 else 3
