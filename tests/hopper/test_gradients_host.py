@@ -27,6 +27,7 @@ from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 
 H100 = Hardware.named("h100-sxm")
+PASSES = ("keys", "queries")
 GRIDS = [((64,), 9), ((40, 72), (7, 12)), ((9, 24, 40), (3, 5, 8))]
 
 
@@ -116,6 +117,8 @@ def test_random_problems_meet_everything() -> None:
         **{f"heads of {n}": any(p.head_dim == n for p in problems) for n in HEAD_DIMS},
         **{f"mask {name}": any(v.mask == name for v in variants) for name in ("none", "coded", "select")},
         **{f"{n} warpgroups": any(v.consumers == n for v in variants) for n in (1, 2)},
+        **{f"boxes passed by for {name}": any(v.skips and v.kernel == name for v in variants) for name in PASSES},
+        "late products": any(v.is_late for v in variants),  # for keys: test_two_warpgroups
     }
     assert [name for name, is_met in features.items() if not is_met] == []
 

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from vicinal import neighborhood_attention
 from vicinal.backends import hopper
 from vicinal.backends.base import Gradients, Inputs
+from vicinal.backends.hopper import backward
 from vicinal.backends.hopper.cost import ranked_tilings
-from vicinal.backends.hopper.cost_backward import HEAD_DIMS
+from vicinal.backends.hopper.cost_backward import HEAD_DIMS, Cut, ranked_cuts
 from vicinal.errors import Unsupported
 from vicinal.functional import attention_with_lse
 from vicinal.plan import make_plan
@@ -55,6 +56,30 @@ def drawn(seed: int) -> Case:
 @pytest.mark.parametrize("seed", range(int(os.environ.get("VICINAL_FUZZ", "40"))))
 def test_random_problem(seed: int) -> None:
     check_gradients(drawn(seed), hopper.backend, has_grad_lse=seed % 3 > 0)
+
+
+@pytest.mark.parametrize("problem", [
+    Problem.grid((8, 16, 16), (8, 8, 8), stride=(1, 8, 8), heads=4, heads_kv=2, head_dim=128, additional=70),
+    Problem.grid((32, 48), 16, stride=16, heads=2, head_dim=128),
+    Problem.grid((1280,), -1, heads=2, head_dim=128),
+    Problem.grid((1500,), 30, heads=2, head_dim=128),
+    Problem.grid((40, 52), (3, 9), dilation=(1, 2), heads=2, head_dim=128, additional=33),
+    Problem.grid((3, 18, 40), (2, 3, 17), is_causal=(True, False, False), heads=2, head_dim=128),
+], ids=str)  # fmt: skip
+def test_two_warpgroups(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large problems are cut: late products where nothing is masked, and boxes passed by on each axis."""
+
+    def cuts(kernel: str, problem: Problem) -> list[Cut]:
+        ranked = ranked_cuts(kernel, problem, 10_000)
+        found = [cut for cut in ranked if cut.variant.stack == stack and (cut.variant.is_late or cut.variant.skips)]
+        assert found
+        return found
+
+    monkeypatch.setattr(backward, "ranked_cuts", cuts)
+    for stack in range(3 - problem.rank, 3):
+        hopper.forget()
+        check_gradients(Case(problem, ranked_tilings(problem)[0], "fused", False, stack), hopper.backend, True)
+    hopper.forget()
 
 
 def solve(tensors: list[torch.Tensor], **more: object) -> torch.Tensor:

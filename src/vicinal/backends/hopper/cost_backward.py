@@ -35,7 +35,7 @@ multiprocessor."""
 HEAD_DIMS = tuple(sorted({head_dim for _, head_dim, _, _ in RATES}))
 
 
-PASSING = 1.05
+PASSING = 1.03
 """Factor of the pace where warpgroups pass by boxes that only the other one's rows see: they no longer go in step."""
 
 
