@@ -22,6 +22,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from diffusers.models.autoencoders import ltx2_diffusion_decoder as decoder
 
 from vicinal.integrations.diffusers import LTX2DecoderProcessor
+from vicinal.integrations.diffusers.decoder import is_bare
 from vicinal.integrations.diffusers.zoo import specimen
 
 
@@ -90,6 +91,21 @@ def test_the_kernel_norms_and_rotates_as_the_model_does():
     assert done.stdout.split() == ["equal"], done.stderr[-2000:]
 
 
+def test_norms_that_bring_their_weights_are_called():
+    here, norm = torch.device("cpu"), nn.RMSNorm(8, eps=1e-6)
+    assert is_bare(norm, here)
+    assert not is_bare(norm, torch.device("cuda:0")) and not is_bare(norm.to("meta"), here)
+    assert not is_bare(nn.LayerNorm(8), here) and not is_bare(nn.RMSNorm(8), here)
+    hooked = nn.RMSNorm(8, eps=1e-6)
+    handle = hooked.register_forward_pre_hook(lambda *_: None)
+    assert not is_bare(hooked, here)
+    handle.remove()
+    assert is_bare(hooked, here)
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(hooked, execution_device=here)
+    assert not is_bare(hooked, here)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 120, "gfx942"])
 def test_the_kernel_compiles_everywhere(arch):
     triton = pytest.importorskip("triton", reason="compiling kernels needs triton, which is not installed")
@@ -142,6 +158,7 @@ UNMODIFIED = """
 import torch
 from diffusers.models.autoencoders import ltx2_diffusion_decoder as decoder
 from vicinal.integrations.diffusers import LTX2DecoderProcessor
+from vicinal.integrations.diffusers.decoder import is_bare
 from vicinal.integrations.diffusers.zoo import specimen
 
 found = specimen("ltx2-decoder")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vicinal.functional import neighborhood_attention
 
@@ -51,12 +52,22 @@ def _placed(x: Tensor, norm: Any, attn: Any) -> Tensor:
     """Heads of `x [B, T, H, W, C]`, normed and rotated, without a second copy in float32; `x` is not used again."""
     x = x.unflatten(-1, (attn.heads, attn.head_dim))
     split = attn.rope.rope_dim_split
-    if x.is_cuda and x.is_contiguous() and x.dtype in KERNEL_DTYPES and attn.head_dim.bit_count() == 1:
+    suits = x.is_cuda and x.is_contiguous() and x.dtype in KERNEL_DTYPES and attn.head_dim.bit_count() == 1
+    if suits and is_bare(norm, x.device) and find_spec("triton") is not None:
         from vicinal.integrations.diffusers.rotation import norm_and_rotate_
 
         turns = turns_of(tuple(x.shape[1:4]), split, attn.rope.base, x.device)
         return norm_and_rotate_(x, norm.weight, norm.eps, turns, tuple(channels // 2 for channels in split))
     return _rotated(norm(x), attn.rope)
+
+
+def is_bare(norm: nn.Module, device: torch.device) -> bool:
+    """Whether calling the norm would do nothing beyond its formula, and its weight is there to be read.
+
+    Offloading, for one, hooks onto modules to bring their weights when they are called.
+    """
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, hasattr(norm, "_hf_hook"), hasattr(norm, "_diffusers_hook"))
+    return type(norm) is nn.RMSNorm and norm.weight.device == device and norm.eps is not None and not any(hooks)
 
 
 @lru_cache(maxsize=32)
