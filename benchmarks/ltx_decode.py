@@ -10,9 +10,7 @@ written. Weights are random: time does not depend on them, and nothing is said a
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import io
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -26,9 +24,9 @@ from diffusers.models.autoencoders import ltx2_diffusion_decoder as own
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from vicinal._files import write_whole
 from vicinal._tuples import times
-from vicinal.bench.results import today
+from vicinal.bench.e2e_result import rounded
+from vicinal.bench.results import append_rows, today
 from vicinal.integrations.diffusers import LTX2DecoderProcessor
 from vicinal.integrations.diffusers.zoo import specimen
 
@@ -125,16 +123,6 @@ def measure(model: Any, latent: Tensor, name: str, repeats: int, expected: Tenso
     return row, video
 
 
-def append(table: Path, rows: list[Row]) -> None:
-    before = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in [*before, *rows]:
-        writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()})
-    write_whole(table, lambda file: file.write(text.getvalue().encode()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path, help="CSV that rows are added to")
@@ -159,7 +147,7 @@ def main() -> None:
             expected = video.cpu()
         size = times(expected.shape[2:]) if expected is not None else ""
         del video
-        append(options.table, [{**where, "video": size, **row}])
+        append_rows(options.table, COLUMNS, [rounded({**where, "video": size, **row})])
 
 
 if __name__ == "__main__":

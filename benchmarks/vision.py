@@ -9,7 +9,6 @@ that take part must agree.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from vicinal.bench import flex
-from vicinal.bench.results import today
+from vicinal.bench.results import append_rows, today
 from vicinal.models import create_model
 from vicinal.models.layers import PaddedNeighborhoodAttention2D
 from vicinal.problem import Problem
@@ -262,23 +261,12 @@ def contend(rank: int, case: str, names: list[str], modes: list[str], table: str
             except Exception as error:
                 print(label, mode, "failed:", repr(error)[:300], flush=True)
                 continue
-            write(table, row)
+            append_rows(table, COLUMNS, [row])
             print(f"{label} {mode}: {row['images_per_s']} images/s, {row['ms']} ms, {row['gib']} GiB", flush=True)
         if turn == rank and where and "eager" in runs:
             Path(where, f"kernels-{case}-{name}.txt").write_text(profile(runs["eager"]))
         torch.cuda.empty_cache()
     barrier.wait()
-
-
-def write(table: str, row: dict[str, Any]) -> None:
-    with Path(table).open("a+", newline="") as file:
-        file.seek(0)
-        if file.readline().strip() not in ("", ",".join(COLUMNS)):
-            raise ValueError(f"{table} has other columns than {', '.join(COLUMNS)}: name another file")
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def profile(run: Callable[[], Any]) -> str:

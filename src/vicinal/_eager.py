@@ -20,7 +20,6 @@ from torch.autograd import forward_ad, profiler
 from vicinal import backends, tuned, tuning
 from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
 from vicinal.plan import Plan
-from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
 MOST = 4096
@@ -60,14 +59,23 @@ def attention(inputs: Inputs, settings: dict[str, Any], backend: str | None, til
     """
     needs_grad = torch.is_grad_enabled() and _requires_grad(inputs)
     chosen, plan = _solve(inputs, settings, backend, tiling, needs_grad)
+    run = _differentiable if needs_grad else _forward
     if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device := inputs.query.device.type)):
-        return Output(*_Attention.apply(chosen, plan, *inputs)) if needs_grad else chosen.forward(plan, inputs)
+        return run(chosen, plan, inputs)
     # Autocast lowers the calls that PyTorch code makes; what a backend computes in is its own affair.
     torch.set_autocast_enabled(device, False)
     try:
-        return Output(*_Attention.apply(chosen, plan, *inputs)) if needs_grad else chosen.forward(plan, inputs)
+        return run(chosen, plan, inputs)
     finally:
         torch.set_autocast_enabled(device, True)
+
+
+def _forward(chosen: Backend, plan: Plan, inputs: Inputs) -> Output:
+    return chosen.forward(plan, inputs)
+
+
+def _differentiable(chosen: Backend, plan: Plan, inputs: Inputs) -> Output:
+    return Output(*_Attention.apply(chosen, plan, *inputs))
 
 
 def _requires_grad(inputs: Inputs) -> bool:
@@ -96,9 +104,7 @@ def _solve(
     except TypeError:  # not hashable, so not a setting either, as the next lines will say
         found = None
     if found is None:
-        names = ("additional_keys", "additional_values", "additional_lengths", "position_bias")
-        problem = Problem.of(query, key, value, **settings, **dict(zip(names, extra, strict=True)))
-        found = tuning.settle(problem, query.device, backend, tiling, needs_grad=needs_grad)
+        found = tuning.settle(inputs.problem(settings), query.device, backend, tiling, needs_grad=needs_grad)
         if len(_solved) >= MOST:
             _solved.clear()
         _solved[kind] = found

@@ -73,23 +73,17 @@ def problem_of(inputs: Inputs, settings: dict[str, Any]) -> Problem:
         elif tensor is None:
             kind.append(None)
         else:  # who knows what that is
-            return _problem(inputs, settings)
+            return inputs.problem(settings)
     try:
         known = _problems.get(key := tuple(kind))
     except TypeError:  # symbolic sizes
-        return _problem(inputs, settings)
+        return inputs.problem(settings)
     if known is None:
-        known = _problem(inputs, settings)
+        known = inputs.problem(settings)
         if len(_problems) >= _MOST:
             _problems.clear()
         _problems[key] = known
     return known
-
-
-def _problem(inputs: Inputs, settings: dict[str, Any]) -> Problem:
-    query, key, value, *extra = inputs
-    names = ("additional_keys", "additional_values", "additional_lengths", "position_bias")
-    return Problem.of(query, key, value, **settings, **dict(zip(names, extra, strict=True)))
 
 
 @torch.library.custom_op("vicinal::attention", mutates_args=())

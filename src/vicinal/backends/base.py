@@ -25,6 +25,17 @@ class Inputs(NamedTuple):
     additional_lengths: Tensor | None = None  # [B], integers; how many of the M count
     position_bias: Tensor | None = None  # [H, 2 * k - 1, ...], added to scaled scores; see `Problem.bias_shape`
 
+    def problem(self, settings: dict[str, Any]) -> Problem:
+        """What is asked of these tensors, or of whatever else was passed for them.
+
+        Args:
+            settings: arguments of `Problem.of`, by name.
+
+        Raises:
+            InvalidProblem: as `Problem.of`.
+        """
+        return Problem.of(**self._asdict(), **settings)
+
 
 class Output(NamedTuple):
     """What attention gives: `out [B, *S, H, Dv]` in the dtype of the inputs, and the natural log-sum-exp

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vicinal._files import write_whole
 from vicinal._tuples import times
 from vicinal.bench.parts import GRID, PARTS
+from vicinal.bench.results import append_rows
 from vicinal.errors import InvalidProblem
 from vicinal.simulate import end_to_end, readable_time
 
@@ -145,18 +144,13 @@ class EndToEnd:
 
 def save(path: Path | str, results: list[EndToEnd]) -> None:
     """Append to a table, or begin one; whole or not at all."""
-    path = Path(path)
     rows = [row for result in results for row in result.rows()]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not before:
-        writer.writeheader()
-    elif before.splitlines()[0].split(",") != list(rows[0]):
-        raise InvalidProblem(f"{path} holds other columns; name another file")
-    for row in rows:
-        writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
-    write_whole(path, lambda file: file.write((before + text.getvalue()).encode()))
+    append_rows(path, list(rows[0]), map(rounded, rows))
+
+
+def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with five digits of each number."""
+    return {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
 
 
 def load(path: Path | str) -> list[EndToEnd]:

@@ -8,6 +8,7 @@ import io
 import platform
 import re
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,6 +127,24 @@ def save(rows: list[Measurement], folder: Path | str) -> Path:
     writer.writerows([_text(getattr(row, field.name)) for field in fields(row)] for row in latest.values())
     write_whole(path, lambda file: file.write(text.getvalue().encode()))
     return path
+
+
+def append_rows(path: Path | str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a table of any columns, or begin one; whole or not at all.
+
+    Raises:
+        InvalidProblem: if it holds other columns.
+    """
+    path = Path(path)
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if not before:
+        writer.writeheader()
+    elif before.splitlines()[0].split(",") != list(columns):
+        raise InvalidProblem(f"{path} holds other columns; name another file")
+    writer.writerows(rows)
+    write_whole(path, lambda file: file.write((before + text.getvalue()).encode()))
 
 
 def load(path: Path | str) -> list[Measurement]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
+from vicinal.backends.devices import on_device
 from vicinal.backends.hopper import backward
 from vicinal.backends.hopper.cost import predicted_ms, ranked_tilings
 from vicinal.backends.hopper.launch import Launch, can_map, layouts_of
-from vicinal.backends.hopper.memory import Remembered, Strides, additional, new, on_device
+from vicinal.backends.hopper.memory import Remembered, Strides, additional, new
 from vicinal.backends.hopper.variant import variant_of
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
@@ -85,7 +86,7 @@ class Hopper:
             return Output(new(shape, query.dtype, device), new(shape[:-1], torch.float32, device))
         if problem.scale < 0:
             query = -query  # masks need a positive scale, see `launch.kernel_scale`
-        more, lengths = additional(inputs, problem) if problem.additional else ((), None)
+        more, lengths = additional(inputs, problem)
         tensors = [query, inputs.key, inputs.value, *more]
         device = query.get_device()
         launch = launches.find(plan, tensors, device)

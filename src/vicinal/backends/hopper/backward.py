@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vicinal._tuples import ceil_div
 from vicinal.backends.base import Gradients, Inputs, Output
+from vicinal.backends.devices import on_device
 from vicinal.backends.hopper.cost_backward import HEAD_DIMS, additional_variant, ranked_cuts
 from vicinal.backends.hopper.launch import (
     ALIGNMENT,
@@ -33,7 +34,7 @@ from vicinal.backends.hopper.launch import (
     slab,
     tiles_of,
 )
-from vicinal.backends.hopper.memory import Remembered, Strides, additional, new, on_device, zero_from
+from vicinal.backends.hopper.memory import Remembered, Strides, additional, new, zero_from
 from vicinal.backends.hopper.variant import StepArgs, Sums, Variant, three_axes
 from vicinal.problem import Axis, Problem
 

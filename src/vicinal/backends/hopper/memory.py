@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Inputs
+from vicinal.backends.devices import on_device
 from vicinal.backends.hopper.launch import ALIGNMENT, is_mappable
 from vicinal.problem import Problem
 
@@ -85,14 +86,6 @@ def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, room: in
 def copy(tensor: Tensor, room: int = 0) -> Tensor:
     """A contiguous copy, `room` bytes into its allocation."""
     return new(tensor.shape, tensor.dtype, tensor.device, room).copy_(tensor)
-
-
-def on_device(run: Callable[..., Any], device: int, *args: Any) -> Any:
-    """`run(*args)` with `device` current. Entering a device costs as much as a launch, so it is avoided."""
-    if torch._C._cuda_getDevice() == device:
-        return run(*args)
-    with torch.cuda.device(device):
-        return run(*args)
 
 
 def additional(inputs: Inputs, problem: Problem) -> tuple[list[Tensor], Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vicinal._tuples import ceil_div
 from vicinal.backends.base import Inputs
-from vicinal.backends.devices import present
+from vicinal.backends.devices import on_device, present
 from vicinal.backends.triton.cost import Cut, variant_of
 from vicinal.backends.triton.variant import AxisArgs, Box, StepArgs, Steps, Variant, three, three_axes
 from vicinal.errors import Unsupported
@@ -175,8 +175,4 @@ def start(variant: Variant, grid: tuple[int, int, int], device: torch.device, va
     if compile.IS_INTERPRETED:
         compile.interpret(variant, grid, arguments)
         return
-    if torch._C._cuda_getDevice() == device.index:  # entering a device costs as much as a launch
-        compile.loaded(variant, device.index)[grid](*arguments)
-        return
-    with torch.cuda.device(device):
-        compile.loaded(variant, device.index)[grid](*arguments)
+    on_device(lambda: compile.loaded(variant, device.index)[grid](*arguments), device.index)

@@ -89,17 +89,18 @@ def _rotated(x: Tensor, rope: Any) -> Tensor:
     A pair of channels is a complex number, and its rotation a product with `exp(i * position * frequency)`,
     where each axis of the grid owns a run of pairs. In float32, as the model does it, or wider.
     """
+    grid, split = x.shape[1:4], rope.rope_dim_split
+    pairs = [channels // 2 for channels in split]
+    table = torch.complex(*turns_of(tuple(grid), split, rope.base, x.device))
+    of_axes = table.split([length * count for length, count in zip(grid, pairs, strict=True)])
     wide = torch.promote_types(x.dtype, torch.float32)
     first = 0
     turns: list[tuple[slice, Tensor]] = []
-    for axis, channels in enumerate(rope.rope_dim_split, start=1):
-        positions = torch.arange(x.shape[axis], device=x.device, dtype=torch.float32)
-        angles = positions[:, None] * rope._inv_freqs(channels, x.device)[None, :]
-        shape = [1, 1, 1, 1, 1, channels // 2]
-        shape[axis] = len(positions)
-        pairs = slice(first // 2, (first + channels) // 2)
-        turns.append((pairs, torch.polar(torch.ones_like(angles), angles).view(shape)))
-        first += channels
+    for axis, (turn, count) in enumerate(zip(of_axes, pairs, strict=True), start=1):
+        shape = [1, 1, 1, 1, 1, count]
+        shape[axis] = x.shape[axis]
+        turns.append((slice(first, first + count), turn.view(shape)))
+        first += count
     for begin in range(0, x.shape[1], FRAMES):
         frames = x[:, begin : begin + FRAMES]
         numbers = torch.view_as_complex(frames.to(wide, copy=True).unflatten(-1, (-1, 2)))
