@@ -156,7 +156,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Generator[Driver, None, None]:
 
     def function(variant: Variant | Sums, device: int) -> Function:
         fake.kinds.append((0, 6, 9, 0) if isinstance(variant, Sums) else counts[variant.kernel])
-        return Function(len(fake.kinds) - 1, 128, 0)
+        return Function(len(fake.kinds) - 1, 128, 0, 0)
 
     monkeypatch.setattr(launch, "_driver", lambda: fake)
     monkeypatch.setattr(backward, "function", function)
@@ -166,6 +166,38 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Generator[Driver, None, None]:
     backward.forget()
     yield fake
     backward.forget()
+
+
+def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autograd's threads are before their first call of the runtime."""
+    told: list[object] = []
+
+    class Bare:
+        context: Any = None
+
+        def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> int:
+            told.append(("retain", device))
+            context._obj.value = 77
+            return 0
+
+        def cuCtxSetCurrent(self, context: Any) -> int:
+            self.context = context.value
+            return 0
+
+        def cuLaunchKernel(self, *_: object) -> int:
+            told.append(("launch", self.context))
+            return 0 if self.context else launch.NO_CONTEXT
+
+    bare = Bare()
+    monkeypatch.setattr(launch, "_driver", lambda: bare)
+    launch._context.cache_clear()
+    try:
+        call = launch.Call(Function(0, 128, 0, device=3), (1, 1, 1), (), 0, [])
+        for _ in range(2):
+            call.start((), (), 7)
+    finally:
+        launch._context.cache_clear()
+    assert told == [("launch", None), ("retain", 3), ("launch", 77), ("launch", 77)]
 
 
 def test_what_the_kernels_are_told(driver: Driver) -> None:

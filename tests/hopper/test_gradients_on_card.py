@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,27 @@ def test_compiled_checkpointed_and_retained() -> None:
     first = torch.autograd.grad(out, tensors, grad, retain_graph=True)
     assert_equal(first, plain)
     assert_equal(torch.autograd.grad(out, tensors, grad), plain)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_a_thread_may_begin_with_us(is_prepared: bool) -> None:
+    """A thread has no CUDA context until something gives it one: autograd's threads may begin with our kernels."""
+    tensors, grad = leaves(PROBLEM), noise(*leaves(PROBLEM, 1)[0].shape)
+    given = [tensor.detach() for tensor in tensors]
+    plan = make_plan(PROBLEM, ranked_tilings(PROBLEM)[0])
+    found: list[Gradients] = []
+
+    def derive() -> None:
+        output = hopper.backend.forward(plan, Inputs(*given))
+        found.append(hopper.backend.backward(plan, Inputs(*given), output, grad, None))
+
+    hopper.forget()
+    if is_prepared:
+        derive()
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(derive).result()
+    assert_equal(found[-1][:3], gradients(tensors, grad))
 
 
 def test_an_output_used_twice_adds_up() -> None:

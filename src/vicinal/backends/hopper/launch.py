@@ -36,6 +36,7 @@ DATA_TYPE = {"float16": 6, "bfloat16": 9}
 SWIZZLE = {64: 2, 128: 3}
 L2_PROMOTION_128B = 2
 MAX_DYNAMIC_SHARED, PREFERRED_CARVEOUT = 8, 9
+NO_CONTEXT = 201
 
 
 @lru_cache(maxsize=1)
@@ -49,6 +50,8 @@ def _driver() -> Any:
     cuda.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
     cuda.cuFuncSetAttribute.argtypes = [pointer, size, size]
     cuda.cuGetErrorString.argtypes = [size, pointer]
+    cuda.cuDevicePrimaryCtxRetain.argtypes = [pointer, size]
+    cuda.cuCtxSetCurrent.argtypes = [pointer]
     return cuda
 
 
@@ -59,12 +62,29 @@ def _check(code: int) -> None:
         raise RuntimeError(f"CUDA driver error {code}: {(text.value or b'unknown').decode()}")
 
 
+@lru_cache(maxsize=64)
+def _context(device: int) -> Any:
+    """The context that PyTorch works in on `device`, kept for as long as the process lives."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    return context
+
+
+def enter_context(device: int) -> None:
+    """Give this thread its context. Calls of the runtime do so by themselves, those of the driver do not.
+
+    So a thread of autograd's that begins with a kernel of ours has none.
+    """
+    _check(_driver().cuCtxSetCurrent(_context(device)))
+
+
 class Function(NamedTuple):
     """A kernel, loaded on one device."""
 
     handle: int
     threads: int
     shared: int
+    device: int
 
 
 @lru_cache(maxsize=256)
@@ -74,12 +94,13 @@ def function(variant: Variant | Sums, device: int) -> Function:
 
     kernel = compiled(variant)
     cuda, module, handle = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    enter_context(device)
     _check(cuda.cuModuleLoadData(ctypes.byref(module), kernel.asm["cubin"]))
     _check(cuda.cuModuleGetFunction(ctypes.byref(handle), module, kernel.metadata.name.encode()))
     _check(cuda.cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED, kernel.metadata.shared))
     _check(cuda.cuFuncSetAttribute(handle, PREFERRED_CARVEOUT, 100))
     assert handle.value is not None
-    return Function(handle.value, 32 * kernel.metadata.num_warps, kernel.metadata.shared)
+    return Function(handle.value, 32 * kernel.metadata.num_warps, kernel.metadata.shared, device)
 
 
 class Layout(NamedTuple):
@@ -233,14 +254,18 @@ class Call:
             pointers: the kernel's other addresses.
             stream: a CUDA stream handle.
         """
-        handle, threads, shared = self._function
+        handle, threads, shared, device = self._function
         with self._lock:
             for tensor_map, address in zip(self._maps, addresses, strict=True):
                 if address != tensor_map.address:
                     tensor_map.point_to(address)
             for pointer, address in zip(self._pointers, pointers, strict=True):
                 pointer.value = address
-            code = _driver().cuLaunchKernel(handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None)
+            launched = (handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None)
+            code = _driver().cuLaunchKernel(*launched)
+            if code == NO_CONTEXT:
+                enter_context(device)
+                code = _driver().cuLaunchKernel(*launched)
         _check(code)
 
 
