@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vicinal.hardware import KNOWN, Hardware
 
@@ -48,3 +49,17 @@ def on_device(run: Callable[..., Any], device: int, *args: Any) -> Any:
         return run(*args)
     with torch.cuda.device(device):
         return run(*args)
+
+
+def add_at(total: Tensor, index: Tensor, numbers: Tensor) -> None:
+    """`total[..., index[i]] += numbers[..., i]` for all i, the same bits every time on any device.
+
+    A GPU's `scatter_add_` adds in the order in which its threads arrive, its `index_put_` sorts; on a CPU it is
+    `scatter_add_` that keeps an order.
+    """
+    rows, places = total.view(-1, total.shape[-1]), numbers.reshape(-1, numbers.shape[-1])
+    if total.device.type == "cpu":
+        rows.scatter_add_(1, index.expand(len(rows), -1), places)
+    else:
+        row = torch.arange(len(rows), device=total.device)[:, None]
+        rows.index_put_((row, index[None]), places, accumulate=True)

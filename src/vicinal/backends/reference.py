@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
+from vicinal.backends.devices import add_at
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Axis, Problem
@@ -153,8 +154,8 @@ def _table_gradient(problem: Problem, grad_scores: Tensor) -> Tensor:
     """Gradients of scores `[B, Hkv, G, N, N + M]`, summed over those that an entry was added to: `[H, entries]`."""
     table = grad_scores.new_zeros(problem.heads, prod(problem.bias_shape[1:]))
     if problem.position_bias:
-        index = bias_index(problem, table.device).flatten().expand(problem.heads, -1)
-        table.scatter_add_(1, index, grad_scores[..., : problem.tokens].sum(0).reshape(problem.heads, -1))
+        index = bias_index(problem, table.device).flatten()
+        add_at(table, index, grad_scores[..., : problem.tokens].sum(0).reshape(problem.heads, -1))
     return table
 
 

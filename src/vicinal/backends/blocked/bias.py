@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vicinal.backends.blocked.masks import Masks
 from vicinal.backends.blocked.tiles import Column, Pattern, Tile, length
+from vicinal.backends.devices import add_at
 from vicinal.problem import Problem
 
 Place = tuple[Pattern, int, int]
@@ -69,4 +70,4 @@ def add_gradient(total: Tensor, grad_scores: Tensor, entries: Tensor) -> None:
     columns, *pairs = entries.shape
     summed = grad_scores.view(columns, -1, heads, groups, *pairs).sum(1)
     summed = summed.movedim(0, 2).reshape(heads, groups, -1)
-    total.scatter_add_(2, entries.flatten().expand(heads, groups, -1), summed)
+    add_at(total, entries.flatten(), summed)
