@@ -202,7 +202,7 @@ def training(model: nn.Module, images: Tensor) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=True)
 
     def run() -> None:
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=not torch.cuda.is_current_stream_capturing()):
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             loss = nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad(set_to_none=False)  # where gradients lie does not change: a graph needs that
         loss.backward()
