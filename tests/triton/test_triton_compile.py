@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 
 from vicinal.backends.triton.bias import bias_cut
-from vicinal.backends.triton.cost import best_cut, is_miscompiled, shapes, variant_of
+from vicinal.backends.triton.cost import (
+    MOST_STAGES,
+    Cut,
+    best_cut,
+    cuts,
+    is_miscompiled,
+    room_of,
+    shapes,
+    smem_bytes,
+    variant_of,
+)
 from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 
@@ -48,15 +58,19 @@ def hardware_of(arch: int | str) -> Hardware:
 
 
 def compiled(kernel: str, problem: Problem, arch: int | str) -> Any:
-    from triton.backends.compiler import GPUTarget
-
-    from vicinal.backends.triton.compile import compiled
-
     hardware = hardware_of(arch)
     if kernel in ("bias", "diagonals"):
         cut = bias_cut(problem, hardware).cut
     else:
         cut = best_cut("keys" if kernel == "additional" else kernel, problem, hardware)
+    return made_as(kernel, problem, cut, arch)
+
+
+def made_as(kernel: str, problem: Problem, cut: Cut, arch: int | str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    from vicinal.backends.triton.compile import compiled
+
     precision = "tf32x3" if problem.dtype == "float32" and not isinstance(arch, str) else "ieee"
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     return compiled(variant_of(kernel, problem, cut, precision, False), target)
@@ -172,6 +186,45 @@ def test_what_the_assembler_gets_wrong_is_not_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 def test_sums_of_a_position_bias_stay_in_registers(problem: Problem, arch: int, tmp_path: Path) -> None:
     assert accesses_in_loop(compiled("bias", problem, arch), tmp_path) <= IN_LOOP["bias"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dims"), [("bfloat16", (128, 128)), ("bfloat16", (256, 16)), ("float32", (16, 256))], ids=str
+)
+@pytest.mark.parametrize(("arch", "kernel"), [(90, "forward"), (90, "queries"), (80, "keys"), ("gfx942", "forward")])
+def test_shared_memory_with_a_position_bias_is_what_was_reckoned_with(
+    arch: int | str, kernel: str, dtype: str, dims: tuple[int, int]
+) -> None:
+    problem = replace(SINGLE, dtype=dtype, head_dim=dims[0], head_dim_v=dims[1], position_bias=True)
+    hardware = hardware_of(arch)
+    room = room_of(hardware)
+    ways = [
+        cut._replace(shape=way)
+        for cut in cuts(kernel, problem, hardware)
+        for stages in (cut.shape.stages, MOST_STAGES)
+        if smem_bytes(kernel, problem, way := cut.shape._replace(stages=stages)) <= room
+    ]
+    # The one that takes most of the room, and the one with most in flight.
+    chosen = {max(ways, key=key).shape: max(ways, key=key) for key in (taken(kernel, problem), in_flight)}
+    for cut in chosen.values():
+        shared = made_as(kernel, problem, cut, arch).metadata.shared
+        assert shared <= smem_bytes(kernel, problem, cut.shape) <= room
+
+
+def taken(kernel: str, problem: Problem) -> Callable[[Cut], int]:
+    return lambda cut: smem_bytes(kernel, problem, cut.shape)
+
+
+def in_flight(cut: Cut) -> int:
+    return cut.shape.stages
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("arch", [80, 86, 90, "gfx942"])
+def test_the_gradient_of_a_position_bias_fits_with_long_heads(arch: int | str, dtype: str) -> None:
+    for dims in ((128, 128), (256, 256)):
+        problem = replace(SINGLE, dtype=dtype, head_dim=dims[0], head_dim_v=dims[1], position_bias=True)
+        assert compiled("bias", problem, arch).metadata.shared <= SMEM[arch] * 1024
 
 
 @pytest.mark.parametrize("problem", [SINGLE, WIDE], ids=["float32", "heads of 256"])

@@ -150,13 +150,17 @@ def is_miscompiled(kernel: str, problem: Problem, shape: Shape) -> bool:
 def smem_bytes(kernel: str, problem: Problem, shape: Shape) -> int:
     """Shared memory that a kernel takes, at most: its own tokens, boxes in flight, and weights on their way.
 
-    Full float32 on tensor cores splits a tile's own tokens in two.
+    Full float32 on tensor cores splits a tile's own tokens in two. A box that is not in flight lies there twice if two
+    products want it. The position bias of a box is in flight like its keys, 32 bits for each score.
     """
     token = (padded(problem.head_dim) + padded(problem.head_dim_v)) * problem.itemsize
     own = padded(problem.head_dim) * problem.itemsize if kernel == "forward" else token
     weights = 2 * shape.rows * shape.columns * problem.itemsize if kernel == "keys" else 0
     parts = 2 if problem.itemsize == 4 else 1
-    return parts * shape.rows * own + shape.stages * shape.columns * token + weights + 2048
+    bias = 4 * (shape.stages - 1) * shape.rows * shape.columns if problem.position_bias else 0
+    twice = max(padded(problem.head_dim), padded(problem.head_dim_v)) * problem.itemsize
+    again = (2048 if kernel == "forward" else shape.columns * twice) if shape.stages == 1 else 0
+    return parts * shape.rows * own + shape.stages * shape.columns * token + again + weights + bias + 2048
 
 
 @lru_cache(maxsize=65536)
