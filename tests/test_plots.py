@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vicinal import _figure, plots
+from vicinal import _benchmark_chart, _figure, plots
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import make_plan
@@ -260,3 +260,11 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 def test_importing_the_module_imports_no_matplotlib():
     code = "import sys, vicinal.plots; assert not {'matplotlib', 'numpy'} & set(sys.modules) - before"
     subprocess.run([sys.executable, "-c", f"import sys, vicinal; before = set(sys.modules); {code}"], check=True)
+
+
+@pytest.mark.parametrize("names", [["dense", "flex", "ours"], ["x", "hopper", "y"], list(_benchmark_chart.KNOWN)])
+def test_everybody_looks_the_same_in_every_chart_and_like_nobody_else(names):
+    found = _benchmark_chart.looks(names)
+    assert len(set(found.values())) == len(names)
+    alone = {name: _benchmark_chart.looks([name])[name] for name in names if name in _benchmark_chart.KNOWN}
+    assert alone.items() <= found.items()

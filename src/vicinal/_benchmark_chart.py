@@ -16,6 +16,18 @@ SPREAD = 0.6
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
+KNOWN = ("hopper", "triton", "dense", "flex-tiled", "flex", "fused", "blocked", "natten")
+"""Who looks alike in every chart: a colour and a marker each. Others take what is left."""
+
+
+def looks(names: list[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of everybody in a chart."""
+    left = [i for i in range(len(SERIES)) if KNOWN[i] not in names]
+    places = {name: KNOWN.index(name) for name in names if name in KNOWN}
+    for i, name in enumerate(name for name in names if name not in KNOWN):
+        places[name] = left[i % len(left)] if left else i % len(SERIES)
+    return {name: (SERIES[places[name]], MARKERS[places[name]]) for name in names}
+
 
 def read(table: Path) -> list[dict[str, str]]:
     try:
@@ -50,6 +62,7 @@ def draw_times(figure: Any, rows: list[dict[str, str]]) -> None:
     devices, passes, backends = (
         list(dict.fromkeys(row.get(k) or "" for row in rows)) for k in ("device", "pass", "backend")
     )
+    look = looks(backends)
     labels = [row["case"] if len(devices) == 1 else f"{row['case']} ({row.get('device')})" for row in rows]
     cases = list(dict.fromkeys(labels))
     row, names = 0.42 if len(cases) <= 10 else 0.27, 0.065 * max(map(len, cases))
@@ -60,14 +73,14 @@ def draw_times(figure: Any, rows: list[dict[str, str]]) -> None:
         place = backends.index(row["backend"])
         # One below the other: equal times would hide each other.
         y = cases.index(label) + SPREAD * ((place + 0.5) / len(backends) - 0.5)
-        panel, index = panels[passes.index(row["pass"])], place % len(SERIES)
+        panel, (color, marker) = panels[passes.index(row["pass"])], look[row["backend"]]
         time, predicted = _positive(row["milliseconds"]), _positive(row.get("predicted_milliseconds"))
         if time is None:
             lost.append(f"{row['backend']} on {label}, {row['pass']}")
             continue
-        panel.plot(time, y, MARKERS[index], color=SERIES[index], markersize=7, markeredgecolor="white", zorder=3)
+        panel.plot(time, y, marker, color=color, markersize=7, markeredgecolor="white", zorder=3)
         if predicted is not None:
-            panel.plot(predicted, y, "|", color=SERIES[index], markersize=13, markeredgewidth=1.6, zorder=2)
+            panel.plot(predicted, y, "|", color=color, markersize=13, markeredgewidth=1.6, zorder=2)
     for panel, name in zip(panels, passes, strict=True):
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter(_plain)
@@ -83,7 +96,7 @@ def draw_times(figure: Any, rows: list[dict[str, str]]) -> None:
     title(
         figure, ", ".join(devices) if any(devices) else "benchmark", *(f"no time: {'; '.join(lost)}" for _ in lost[:1])
     )
-    entries = {name: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(backends)}
+    entries = dict(look)
     if any(_positive(row.get("predicted_milliseconds")) for row in rows):
         entries["predicted"] = ("#555555", "|")
     legend(figure, entries)
