@@ -107,7 +107,17 @@ def test_a_kernel_that_only_hands_over_has_a_table_and_no_more() -> None:
     """What racecheck finds in it is Triton's: nothing else is in shared memory."""
     from hand_over import compiled
 
-    assert 0 < compiled().metadata.shared <= 16
+    assert 0 < compiled("hand_over").metadata.shared <= 16
+
+
+def test_what_is_handed_over_is_waited_for() -> None:
+    """What racecheck finds there although each warp waits, it finds in vain."""
+    from hand_over import compiled
+
+    for name, arrival in (("through_a_barrier", "mbarrier.arrive"), ("of_copies", "cp.async.mbarrier.arrive.noinc")):
+        ptx = compiled(name).asm["ptx"]
+        assert ptx.count(arrival) == 1
+        assert ptx.count("mbarrier.try_wait") == 2
 
 
 def test_import_is_light() -> None:
