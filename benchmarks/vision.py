@@ -263,8 +263,9 @@ def contend(rank: int, case: str, names: list[str], modes: list[str], table: str
                 continue
             append_rows(table, COLUMNS, [row])
             print(f"{label} {mode}: {row['images_per_s']} images/s, {row['ms']} ms, {row['gib']} GiB", flush=True)
-        if turn == rank and where and "eager" in runs:
-            Path(where, f"kernels-{case}-{name}.txt").write_text(profile(runs["eager"]))
+        for mode in ("eager", "compiled") if turn == rank and where else ():
+            if mode in runs:
+                Path(where, f"kernels-{case}-{name}-{mode}.txt").write_text(profile(runs[mode]))
         torch.cuda.empty_cache()
     barrier.wait()
 
