@@ -202,9 +202,10 @@ def training(model: nn.Module, images: Tensor) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=True)
 
     def run() -> None:
+        # Without a cache of weights: a graph could not keep it, and to forget it would compile models anew.
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             loss = nn.functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad(set_to_none=False)  # where gradients lie does not change: a graph needs that
+        optimizer.zero_grad()  # a graph keeps the gradients that it has made where they are
         loss.backward()
         optimizer.step()
 
