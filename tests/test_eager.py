@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal import InvalidProblem, Unsupported, _eager, attention_with_lse, neighborhood_attention, ops
+from vicinal import InvalidProblem, Unsupported, _calls, attention_with_lse, neighborhood_attention, ops
 from vicinal.tiling import Tiling
 
 
@@ -173,11 +173,11 @@ def test_bad_input_is_refused_each_time(grad: bool):
 
 
 def test_memory_of_calls_is_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_eager, "MOST", 3)
+    monkeypatch.setattr(_calls, "MOST", 3)
     for length in range(5, 15):
         q = torch.randn(1, length, 1, 4)
         neighborhood_attention(q, q, q, 3)
-        assert len(_eager._solved) <= 3
+        assert len(_calls._known) <= 3
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])

@@ -7,9 +7,6 @@ profiler. Everything else goes through `vicinal.ops`, and gets the same numbers.
 
 from __future__ import annotations
 
-import marshal
-import os
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,15 +14,10 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
 
-from vicinal import backends, tuned, tuning
+from vicinal._calls import outside_autocast, settled
 from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
 from vicinal.plan import Plan
 from vicinal.tiling import Tiling
-
-MOST = 4096
-"""Kinds of calls remembered; then all are forgotten, for such a program repeats few."""
-
-_solved: dict[tuple[Any, ...], tuple[Backend, Plan]] = {}
 
 
 def is_plain(inputs: Inputs) -> bool:
@@ -58,20 +50,11 @@ def attention(inputs: Inputs, settings: dict[str, Any], backend: str | None, til
         InvalidProblem, Unsupported: as `vicinal.neighborhood_attention`.
     """
     needs_grad = torch.is_grad_enabled() and _requires_grad(inputs)
-    chosen, plan = _solve(inputs, settings, backend, tiling, needs_grad)
-    run = _differentiable if needs_grad else _forward
-    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device := inputs.query.device.type)):
-        return run(chosen, plan, inputs)
-    # Autocast lowers the calls that PyTorch code makes; what a backend computes in is its own affair.
-    torch.set_autocast_enabled(device, False)
-    try:
-        return run(chosen, plan, inputs)
-    finally:
-        torch.set_autocast_enabled(device, True)
-
-
-def _forward(chosen: Backend, plan: Plan, inputs: Inputs) -> Output:
-    return chosen.forward(plan, inputs)
+    chosen, plan = settled(inputs, settings, backend, tiling, needs_grad)
+    device = inputs.query.device.type
+    if needs_grad:
+        return outside_autocast(device, _differentiable, chosen, plan, inputs)
+    return outside_autocast(device, chosen.forward, plan, inputs)
 
 
 def _differentiable(chosen: Backend, plan: Plan, inputs: Inputs) -> Output:
@@ -83,40 +66,6 @@ def _requires_grad(inputs: Inputs) -> bool:
     if query.requires_grad or key.requires_grad or value.requires_grad:
         return True
     return any(tensor is not None and tensor.requires_grad for tensor in extra)
-
-
-def _solve(
-    inputs: Inputs, settings: dict[str, Any], backend: str | None, tiling: Tiling | None, needs_grad: bool
-) -> tuple[Backend, Plan]:
-    query, key, value, *extra = inputs
-    kind = (  # spelled out, since a loop would take longer than the lookup
-        query.shape, query.dtype, query.device, query.layout,
-        key.shape, key.dtype, key.device, key.layout,
-        value.shape, value.dtype, value.device, value.layout,
-        id(backends.ALL), tuned.epoch, needs_grad,
-        _spelled(settings),
-        backend or os.environ.get(backends.VARIABLE),
-        tiling,
-        *[tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in extra],
-    )  # fmt: skip
-    try:
-        found = _solved.get(kind)
-    except TypeError:  # not hashable, so not a setting either, as the next lines will say
-        found = None
-    if found is None:
-        found = tuning.settle(inputs.problem(settings), query.device, backend, tiling, needs_grad=needs_grad)
-        if len(_solved) >= MOST:
-            _solved.clear()
-        _solved[kind] = found
-    return found
-
-
-def _spelled(settings: dict[str, Any]) -> bytes | str:
-    """Settings as a key: spelled out, since 7, 7.0 and True are different settings that are equal as keys."""
-    try:
-        return marshal.dumps([*settings.values()], 2)  # without references, and three times as fast as `repr`
-    except ValueError:
-        return repr(settings)
 
 
 class _Attention(torch.autograd.Function):
@@ -156,8 +105,6 @@ def _gradients(
     *tensors, out, lse = saved
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    with (
-        torch.autocast(out.device.type, enabled=False) if torch.is_autocast_enabled(out.device.type) else nullcontext()
-    ):
-        found = chosen.backward(plan, Inputs(*tensors), Output(out, lse), grad_out, grad_lse)
+    given = plan, Inputs(*tensors), Output(out, lse), grad_out, grad_lse
+    found = outside_autocast(out.device.type, chosen.backward, *given)
     return *found[:5], None, found.position_bias

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicinal import tuning
+from vicinal._calls import outside_autocast, settled
 from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -46,8 +46,8 @@ def solve(
 ) -> tuple[Backend, Plan]:
     """Who computes it, and how it is cut."""
     windows = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-    problem = problem_of(inputs, {**{name: list(value) for name, value in windows.items()}, "scale": scale})
-    return tuning.settle(problem, inputs.query.device, backend or None, decode(tiling), needs_grad=needs_grad)
+    settings = {**{name: list(value) for name, value in windows.items()}, "scale": scale}
+    return settled(inputs, settings, backend or None, decode(tiling), needs_grad)
 
 
 _MOST = 4096
@@ -55,7 +55,7 @@ _problems: dict[tuple[Any, ...], Problem] = {}
 
 
 def problem_of(inputs: Inputs, settings: dict[str, Any]) -> Problem:
-    """`Problem.of`, which looks at tensors of the same kinds once: a step of training asks three times a layer.
+    """`Problem.of`, which looks at tensors of the same kinds once.
 
     Args:
         inputs: tensors, or whatever else was passed for them.
@@ -106,10 +106,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """`out [B, *S, H, Dv]` and `lse [B, *S, H]`; see `vicinal.neighborhood_attention`."""
     inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
-    # Autocast lowers the calls that PyTorch code makes; what a backend computes in is its own affair.
-    with torch.autocast(query.device.type, enabled=False):
-        chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
-        out, lse = chosen.forward(plan, inputs)
+    chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
+    out, lse = outside_autocast(query.device.type, chosen.forward, plan, inputs)
     return out, lse
 
 
@@ -137,9 +135,9 @@ def attention_backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value, and of the additional keys and values and the bias if there are any."""
     inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
-    with torch.autocast(query.device.type, enabled=False):
-        chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
-        gradients = chosen.backward(plan, inputs, Output(out, lse), grad_out, grad_lse)
+    chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
+    given = plan, inputs, Output(out, lse), grad_out, grad_lse
+    gradients = outside_autocast(query.device.type, chosen.backward, *given)
     return [gradient for gradient in gradients if gradient is not None]
 
 
