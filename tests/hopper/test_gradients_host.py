@@ -18,7 +18,7 @@ from problems import draw
 
 from vicinal.backends import hopper
 from vicinal.backends.base import Inputs, Output
-from vicinal.backends.hopper import backward, launch, memory
+from vicinal.backends.hopper import backward, launch
 from vicinal.backends.hopper.backward import contiguous
 from vicinal.backends.hopper.cost_backward import HEAD_DIMS, RATES, additional_variant, ranked_cuts
 from vicinal.backends.hopper.launch import Function, Layout
@@ -160,8 +160,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Generator[Driver, None, None]:
 
     monkeypatch.setattr(launch, "_driver", lambda: fake)
     monkeypatch.setattr(backward, "function", function)
-    for module in (memory, backward):
-        monkeypatch.setattr(module, "on_device", lambda run, _, *args: run(*args))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
     backward.forget()
     yield fake

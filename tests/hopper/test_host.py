@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vicinal.backends import hopper
+from vicinal.backends import hopper, remembered
 from vicinal.backends.hopper import memory
 from vicinal.backends.hopper.cost import candidates, kv_tiles, predicted_ms, ranked_tilings
 from vicinal.backends.hopper.launch import (
@@ -164,7 +164,7 @@ class Asked(list[tuple[object, ...]]):
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    monkeypatch.setattr(memory, "on_device", lambda run, device, *args: run(*args))
+    monkeypatch.setattr(remembered, "on_device", lambda run, device, *args: run(*args))
     return Asked()
 
 
@@ -172,7 +172,7 @@ def test_launches_are_found_again(asked: Asked, monkeypatch: pytest.MonkeyPatch)
     plan = make_plan(PROBLEM, ranked_tilings(PROBLEM)[0])
     shape = 1, *PROBLEM.shape, 2, 64
     tensors = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(3)]
-    launches = memory.Remembered(asked)
+    launches = memory.Launches(asked)
     first = launches.find(plan, tensors, 0)
     assert launches.find(plan, [tensor.clone() for tensor in tensors], 0) is first
     assert len(asked) == 1
@@ -181,7 +181,7 @@ def test_launches_are_found_again(asked: Asked, monkeypatch: pytest.MonkeyPatch)
         assert launches.find(*other) is not first
     assert len(asked) == 4
     assert asked[2][1] == tuple(tensor.stride() for tensor in (*tensors[:2], sliced))
-    monkeypatch.setattr(memory, "MOST", 4)
+    monkeypatch.setattr(remembered, "MOST", 4)
     launches.find(plan, tensors, 2)
     assert len(asked) == 5
     launches.find(plan, tensors, 0)  # has been forgotten with all others
@@ -194,7 +194,7 @@ def test_unaligned_tensors_are_replaced_by_copies(asked: Asked) -> None:
     good = torch.zeros(shape, dtype=torch.bfloat16)
     unaligned = torch.ones(good.numel() + 1, dtype=torch.bfloat16)[1:].view(shape)
     tensors = [good, unaligned, good]
-    memory.Remembered(asked).find(plan, tensors, 0)
+    memory.Launches(asked).find(plan, tensors, 0)
     assert tensors[0] is good and tensors[1] is not unaligned
     assert tensors[1].data_ptr() % 16 == 0 and torch.equal(tensors[1], unaligned)
 

@@ -44,8 +44,14 @@ def present(device: torch.device) -> Hardware:
 
 
 def on_device(run: Callable[..., Any], device: int, *args: Any) -> Any:
-    """`run(*args)` with `device` current. Entering a device costs as much as a launch, so it is avoided."""
-    if torch._C._cuda_getDevice() == device:
+    """`run(*args)` with `device` current. Entering a device costs as much as a launch, so it is avoided.
+
+    Args:
+        run: what to do there.
+        device: its number, -1 for processors.
+        args: of `run`.
+    """
+    if device < 0 or torch._C._cuda_getDevice() == device:
         return run(*args)
     with torch.cuda.device(device):
         return run(*args)

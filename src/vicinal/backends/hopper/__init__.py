@@ -13,8 +13,9 @@ from vicinal.backends.devices import on_device
 from vicinal.backends.hopper import backward
 from vicinal.backends.hopper.cost import predicted_ms, ranked_tilings
 from vicinal.backends.hopper.launch import Launch, can_map, layouts_of
-from vicinal.backends.hopper.memory import Remembered, Strides, additional, new
+from vicinal.backends.hopper.memory import Launches, additional, new
 from vicinal.backends.hopper.variant import variant_of
+from vicinal.backends.remembered import Strides
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -122,7 +123,7 @@ def prepared(plan: Plan, strides: Strides, device: int) -> Launch | None:
     return Launch(plan, variant_of(plan), layouts, device) if all(map(can_map, layouts)) else None
 
 
-launches = Remembered(prepared)
+launches = Launches(prepared)
 
 
 def forget() -> None:

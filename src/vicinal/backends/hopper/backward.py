@@ -19,7 +19,6 @@ from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.devices import on_device
 from vicinal.backends.hopper.cost_backward import HEAD_DIMS, additional_variant, ranked_cuts
 from vicinal.backends.hopper.launch import (
-    ALIGNMENT,
     MULTIPROCESSORS,
     Call,
     Geometry,
@@ -34,8 +33,9 @@ from vicinal.backends.hopper.launch import (
     slab,
     tiles_of,
 )
-from vicinal.backends.hopper.memory import Remembered, Strides, additional, new, zero_from
+from vicinal.backends.hopper.memory import Launches, additional, new, zero_from
 from vicinal.backends.hopper.variant import StepArgs, Sums, Variant, three_axes
+from vicinal.backends.remembered import ALIGNMENT, Strides
 from vicinal.problem import Axis, Problem
 
 __all__ = ["HEAD_DIMS", "forget", "gradients"]
@@ -204,7 +204,7 @@ def axis_integers(problem: Problem, variant: Variant) -> tuple[list[int], int]:
     return [n for axis, count in zip(axes, tiles, strict=True) for n in axis_args(axis, count)], blocks
 
 
-launches = Remembered(prepared)
+launches = Launches(prepared)
 
 
 def forget() -> None:

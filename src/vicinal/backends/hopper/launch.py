@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from vicinal._tuples import ceil_div
 from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Sums, Variant, three_axes
+from vicinal.backends.remembered import ALIGNMENT
 from vicinal.errors import Unsupported
 from vicinal.plan import Plan
 from vicinal.problem import Axis, Problem
 
 RANK = 5  # of a tensor map: batch, three axes, and heads with their elements
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
-ALIGNMENT = 16  # bytes; of addresses and strides
 LARGEST_COLUMN = 2**31 - 1  # coordinates are 32-bit
 LARGEST_STRIDE = 2**40  # bytes
 SHARED_L2_BYTES = (

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from vicinal.backends.base import Inputs
-from vicinal.backends.devices import on_device
-from vicinal.backends.hopper.launch import ALIGNMENT, is_mappable
+from vicinal.backends.hopper.launch import is_mappable
+from vicinal.backends.remembered import Remembered, Strides
 from vicinal.problem import Problem
-
-Strides = tuple[tuple[int, ...], ...]
 
 
 class Placed(Protocol):
@@ -32,47 +30,24 @@ class Placed(Protocol):
 S = TypeVar("S")
 P = TypeVar("P", bound=Placed)
 
-MOST = 1024
-"""What is remembered; then all is forgotten, for such a program repeats little."""
 
-
-class Remembered(Generic[S, P]):
-    """What `build(subject, strides, device)` made; `None` means that a tensor must be copied first.
-
-    By the identity of the subject, since to hash a plan takes as long as all the rest. An entry keeps its subject,
-    whose identity stays taken.
-    """
+class Launches(Remembered[S, P]):
+    """Launches, found by what they are for. Tensors that lie where a map may not begin are copied, too."""
 
     def __init__(self, build: Callable[[S, Strides, int], P | None]) -> None:
-        self._build = build
-        self._known: dict[tuple[Any, ...], tuple[S, P | None]] = {}
+        super().__init__(build, lambda tensor: tensor if is_mappable(tensor) else copy(tensor))
 
-    def forget(self) -> None:
-        self._known.clear()
-
-    def find(self, subject: S, tensors: list[Tensor], device: int) -> P:
-        """For these tensors. Those that cannot be read in place are replaced, in the list, by copies."""
-        kind = (id(subject), device, *[tensor.stride() for tensor in tensors])
-        entry = self._known.get(kind)
-        if entry is None:
-            entry = subject, on_device(self._build, device, subject, kind[2:], device)
-            if len(self._known) >= MOST:
-                self._known.clear()
-            self._known[kind] = entry
-        found = entry[1]
-        addresses = 0  # or-ed: some is unaligned if these bits are
-        for tensor in tensors:
-            addresses |= tensor.data_ptr()
-        if found is None or addresses % ALIGNMENT:
-            tensors[:] = [tensor if is_mappable(tensor) else copy(tensor) for tensor in tensors]
-            return self.find(subject, tensors, device)
-        if found.needs_room:
-            lacks = [2 * tensor.storage_offset() < room for tensor, room in zip(tensors, found.rooms, strict=True)]
-            if any(lacks):
-                room = found.copy_room
-                tensors[:] = [copy(t, room) if lack else t for t, lack in zip(tensors, lacks, strict=True)]
-                return self.find(subject, tensors, device)
-        return found
+    def find(self, subject: S, tensors: list[Tensor], device: int, *also: Hashable) -> P:
+        """As `Remembered.find`."""
+        found = super().find(subject, tensors, device, *also)
+        if not found.needs_room:
+            return found
+        lacks = [2 * tensor.storage_offset() < room for tensor, room in zip(tensors, found.rooms, strict=True)]
+        if not any(lacks):
+            return found
+        room = found.copy_room
+        tensors[:] = [copy(t, room) if lack else t for t, lack in zip(tensors, lacks, strict=True)]
+        return self.find(subject, tensors, device, *also)
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, room: int = 0) -> Tensor:

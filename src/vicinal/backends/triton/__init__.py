@@ -8,26 +8,33 @@ from two passes that each own what they write, so that they are the same in ever
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vicinal._tuples import ceil_div
 from vicinal.backends.base import Gradients, Inputs, Output
-from vicinal.backends.devices import present
-from vicinal.backends.triton.bias import bias_gradients
-from vicinal.backends.triton.cost import NAME, Cut, best_cut, choice_of, forward_cut, open_cuts, ranked_tilings
+from vicinal.backends.devices import on_device
+from vicinal.backends.remembered import Remembered, Strides
+from vicinal.backends.triton import gradients
+from vicinal.backends.triton.cost import NAME, choice_of, forward_cut, open_cuts, ranked_tilings
 from vicinal.backends.triton.interpreter import is_installed, is_interpreting
-from vicinal.backends.triton.launch import Operands
-from vicinal.backends.triton.variant import FACTS
+from vicinal.backends.triton.launch import (
+    Call,
+    Operands,
+    inputs_of,
+    places_of,
+    readable,
+    small_inputs_of,
+    stream_of,
+    told,
+)
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 from vicinal.tuned import Choice
-
-MOST_BLOCKS = 1024
-"""Blocks that the gradients of additional keys are spread over, about."""
 
 
 class Triton:
@@ -89,57 +96,45 @@ class Triton:
             Unsupported: if its tiling is not one that the kernel can be cut into.
         """
         problem, query = plan.problem, inputs.query
-        cut = forward_cut(problem, plan.tiling, present(query.device))
         out = torch.empty(*query.shape[:-1], problem.head_dim_v, dtype=query.dtype, device=query.device)
         lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-        if lse.numel():
-            Operands(problem, inputs).run("forward", cut, out=out, lse=lse)
+        if not lse.numel():
+            return Output(out, lse)
+        device, given = query.get_device(), inputs_of(problem, inputs)
+        tensors = list(given.values())
+        call = calls.find(plan, tensors, device, *told(problem))
+        named = dict(zip(given, tensors, strict=True)) | small_inputs_of(problem, inputs) | {"out": out, "lse": lse}
+        on_device(call.start, device, places_of(named), stream_of(device))
         return Output(out, lse)
 
     def backward(
         self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
     ) -> Gradients:
         """Gradients, cut by a choice of its own: `plan.tiling` is the forward pass's."""
-        problem = plan.problem
-        tensors = [tensor for tensor in inputs[:5] if tensor is not None]
-        grads = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
-        if not output.lse.numel():
-            table = None if inputs.position_bias is None else torch.zeros_like(inputs.position_bias)
-            return Gradients(*(grad.zero_() for grad in grads))._replace(position_bias=table)
-        lse = output.lse.contiguous()
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
-        facts = torch.empty(problem.batch, problem.heads, *problem.shape, FACTS, device=lse.device)
-        known = dict.fromkeys(("sums", "delta"), facts)  # not written where nobody asks for them
-        if problem.additional or problem.position_bias:
-            known = dict(zip(known, torch.empty(2, *facts.shape[:-1], device=lse.device), strict=True))
-        operands = Operands(problem, inputs, out=output.out, grad_out=grad_out)
-        cut = best_cut("queries", problem, operands.hardware)
-        operands.run("queries", cut, grad_query=grads[0], lse=lse, grad_lse=grad_lse, facts=facts, **known)
-        cut = best_cut("keys", problem, operands.hardware)
-        operands.run("keys", cut, grad_key=grads[1], grad_value=grads[2], facts=facts)
-        if problem.additional:
-            grads[3:] = additional_gradients(operands, cut, known)
-        if inputs.position_bias is None:
-            return Gradients(*grads)
-        return Gradients(*grads)._replace(position_bias=bias_gradients(operands, known))
+        if output.lse.numel():
+            return gradients.gradients(plan.problem, inputs, output, grad_out, grad_lse)
+        grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in inputs]
+        return Gradients(*grads[:5], position_bias=grads[6])  # type: ignore[arg-type]
 
 
-def additional_gradients(operands: Operands, cut: Cut, known: dict[str, Tensor]) -> list[Tensor]:
-    """Gradients of the additional keys and values: sums over all queries, in chunks that run side by side."""
-    problem = operands.problem
-    rows, columns = cut.shape.rows, cut.shape.columns
-    blocks = ceil_div(problem.additional, rows) * problem.heads_kv * problem.batch
-    chunks = min(ceil_div(MOST_BLOCKS, blocks), ceil_div(problem.tokens, columns))
-    chunk = ceil_div(ceil_div(problem.tokens, chunks), columns) * columns
-    chunks = ceil_div(problem.tokens, chunk)
-    partial = [
-        torch.empty(chunks, *operands.tensors[name].shape, dtype=torch.float32, device=operands.device)
-        for name in ("more_key", "more_value")
-    ]
-    flat = cut._replace(rows=(rows,), columns=(columns,))
-    parts = dict(zip(("partial_key", "partial_value"), partial, strict=True))
-    operands.run("additional", flat, (blocks, chunks), chunk=chunk, **parts, **known)
-    return [part.sum(0).to(operands.tensors["query"].dtype) for part in partial]
+@lru_cache(maxsize=1024)
+def prepared(plan: Plan, strides: Strides, device: int, *_: Any) -> Call | None:
+    """The forward kernel on tensors with these strides; `None` if one of them must be copied first."""
+    problem = plan.problem
+    names = ("query", "key", "value", "more_key", "more_value")
+    operands = Operands(problem, dict(zip(names, strides, strict=False)), ("out",), device)
+    cut = forward_cut(problem, plan.tiling, operands.hardware)
+    return operands.call("forward", cut) if operands.is_readable else None
+
+
+calls = Remembered(prepared, readable)
+
+
+def forget() -> None:
+    """Forget all launches."""
+    calls.forget()
+    prepared.cache_clear()
+    gradients.forget()
 
 
 backend = Triton()

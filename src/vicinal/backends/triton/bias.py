@@ -1,4 +1,4 @@
-"""How the gradient of a position bias is cut and started; its kernels are in `backward_bias`.
+"""How the gradient of a position bias is cut; its kernels are in `backward_bias`.
 
 Scratch memory depends on the window alone, not on the grid or the batch: a box of pairs for each way ahead of
 a tile that some window reaches, about `rows` times the table.
@@ -12,12 +12,9 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from vicinal._tuples import ceil_div
 from vicinal.backends.triton.cost import Cut, Shape, boxes, room_of
-from vicinal.backends.triton.launch import Operands, axis_args
+from vicinal.backends.triton.launch import axis_args
 from vicinal.backends.triton.variant import SlotArgs, padded, three, three_axes
 from vicinal.hardware import Hardware
 from vicinal.plan import AxisPlan
@@ -129,26 +126,3 @@ def shape_of(problem: Problem, hardware: Hardware) -> Shape:
             return Shape(rows, columns, warps, 3 if 6 * step <= room else 2, 0.0, 0.0, 0.0)
     rows, columns, warps = SHAPES[problem.itemsize][-1]
     return Shape(rows, columns, warps, 1, 0.0, 0.0, 0.0)
-
-
-def bias_gradients(operands: Operands, known: dict[str, Tensor]) -> Tensor:
-    """Gradient of the position bias, `[H, 2 * k - 1, ...]`.
-
-    Args:
-        operands: of the backward pass.
-        known: `sums` and `delta`, as the pass for queries leaves them.
-    """
-    problem = operands.problem
-    found = bias_cut(problem, operands.hardware)
-    query = operands.tensors["query"]
-    table = torch.empty(problem.bias_shape, dtype=query.dtype, device=query.device)
-    partial = torch.empty(found.scratch, dtype=torch.float32, device=query.device)
-    shared = {"partial_bias": partial, "slots": found.slots, "chunks": found.chunks}
-    for first in range(0, problem.heads, found.heads):
-        heads = min(found.heads, problem.heads - first)
-        grid = heads * found.boxes, found.chunks
-        more = {"chunk": found.chunk, "batches": problem.batch, "first_head": first}
-        operands.run("bias", found.cut, grid, **shared, **more, **known)
-        grid = heads * prod(problem.bias_shape[1:]), 1
-        operands.run("diagonals", found.cut, grid, **shared, grad_bias=table, heads=heads, first_head=first)
-    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 from unittest import mock
@@ -46,7 +47,7 @@ KINDS: dict[str, Any] = {
 IS_INTERPRETED = isinstance(forward, InterpretedFunction)
 
 
-def interpret(variant: Variant, grid: tuple[int, int, int], arguments: list[Any]) -> None:
+def interpret(variant: Variant, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
     """Run a kernel in Triton's interpreter, with two repairs.
 
     It patches the language again in every call of one device function by another, which takes all its
@@ -82,3 +83,25 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
 def loaded(variant: Variant, device: int) -> Any:
     """The same for the present device, number `device`: every device loads its own."""
     return compiled(variant, triton.runtime.driver.active.get_current_target())
+
+
+def starter(variant: Variant, grid: tuple[int, int, int], device: int) -> Callable[..., None]:
+    """What starts a kernel on `device`, which must be the current one, or runs it in Triton's interpreter.
+
+    Takes a stream, then the kernel's arguments: addresses (tensors, for the interpreter) and numbers.
+    """
+    if IS_INTERPRETED:
+        return lambda _, *arguments: interpret(variant, grid, arguments)
+    kernel = loaded(variant, device)
+    watched = kernel[grid]  # which loads it, too
+    # A third of that way's time goes to telling hooks that no profiler has set. Inductor leaves it out likewise.
+    runtime, run, handle, metadata = triton.knobs.runtime, kernel.run, kernel.function, kernel.packed_metadata
+    width, height, depth = grid
+
+    def start(stream: int, *arguments: Any) -> None:
+        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            watched(*arguments, stream=stream)
+        else:
+            run(width, height, depth, stream, handle, metadata, None, None, None, *arguments)
+
+    return start

@@ -1,8 +1,11 @@
-"""From tensors to a kernel's arguments, and the kernel's start. Nothing here knows what a window is."""
+"""From tensors to a kernel's arguments, and the kernel's start. Nothing here knows what a window is.
+
+Numbers are laid out once, in a `Call` for each kernel of a pass; later calls only fill in addresses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -10,32 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicinal import tuned
 from vicinal._tuples import ceil_div
 from vicinal.backends.base import Inputs
-from vicinal.backends.devices import on_device, present
+from vicinal.backends.devices import present
+from vicinal.backends.remembered import ALIGNMENT
 from vicinal.backends.triton.cost import Cut, variant_of
 from vicinal.backends.triton.variant import AxisArgs, Box, StepArgs, Steps, Variant, three, three_axes
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
 from vicinal.problem import Axis, Problem
 
-VECTOR_BYTES = 16
-"""Kernels load so many bytes at a time: what addresses and strides must be multiples of."""
-
 LOG2_E = 1.4426950408889634
 
 NOWHERE = StepArgs(0, 0, 0, 0, 0)
 LARGEST_GRID = 2**31 - 1
 
-
-def steps_of(tensor: Tensor) -> StepArgs | None:
-    """How far apart things lie in `[B, *S, H, D]`, in vectors; `None` if kernels cannot read it where it lies."""
-    return None if tensor.data_ptr() % VECTOR_BYTES else _steps(tensor.shape, tensor.stride(), tensor.element_size())
+Grid = tuple[int, int, int]
 
 
 @lru_cache(maxsize=4096)
-def _steps(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> StepArgs | None:
-    unit = VECTOR_BYTES // itemsize
+def steps_of(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> StepArgs | None:
+    """How far apart things lie in `[B, *S, H, D]`, in vectors; `None` if kernels cannot read what lies so."""
+    unit = ALIGNMENT // itemsize
     *outer, inner = (0 if size == 1 else step for size, step in zip(shape, strides, strict=True))
     units = [step // unit for step in outer]
     reach = sum(step * (size - 1) for step, size in zip(units[1:], shape[1:], strict=False))
@@ -45,14 +45,17 @@ def _steps(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> S
     return StepArgs(batch, *[0] * (3 - len(axes)), *axes, head)
 
 
-def readable(tensor: Tensor) -> tuple[Tensor, StepArgs]:
-    """`tensor`, or a contiguous copy of it if kernels cannot read it, and its steps."""
-    steps = steps_of(tensor)
-    if steps is None:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        steps = steps_of(tensor)
-        assert steps is not None  # heads are multiples of a vector
-    return tensor, steps
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a contiguous copy of it if kernels cannot read it."""
+    is_aligned = tensor.data_ptr() % ALIGNMENT == 0
+    if is_aligned and steps_of(tensor.shape, tensor.stride(), tensor.element_size()) is not None:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def is_wide(axes: Sequence[Axis], boxes: Sequence[Box], steps: Steps, itemsize: int) -> bool:
@@ -62,7 +65,7 @@ def is_wide(axes: Sequence[Axis], boxes: Sequence[Box], steps: Steps, itemsize: 
         for box in boxes
         for steps_of_tensor in steps
     )
-    return reach * (VECTOR_BYTES // itemsize) >= 2**31
+    return reach * (ALIGNMENT // itemsize) >= 2**31
 
 
 def axis_args(axes: Sequence[Axis], rows: Box) -> tuple[AxisArgs, ...]:
@@ -88,71 +91,148 @@ def blocks_of(args: Sequence[AxisArgs], problem: Problem, heads: int) -> int:
     return blocks
 
 
+class Call:
+    """One kernel with its numbers, for tensors of given shapes and strides; only addresses change.
+
+    Args:
+        variant: what is compiled, when that is first needed.
+        grid: blocks.
+        device: where, -1 for processors.
+        numbers: all arguments that are no addresses, by name; the kernel takes them last.
+        instead: what is passed for addresses that this variant does not read, by name.
+    """
+
+    def __init__(
+        self, variant: Variant, grid: Grid, device: int, numbers: Mapping[str, Any], instead: Mapping[str, str]
+    ) -> None:
+        from vicinal.backends.triton import compile
+
+        names = compile.KERNELS[variant.kernel].arg_names
+        self._tensors = [instead.get(name, name) for name in names if name not in numbers]
+        self._numbers = [numbers[name] for name in names[len(self._tensors) :]]
+        self._run = compile.starter(variant, grid, device)
+
+    def start(self, places: Mapping[str, Any], stream: int) -> None:
+        """Start the kernel.
+
+        Args:
+            places: of tensors, see `places_of`.
+            stream: a handle, as `stream_of` gives it.
+        """
+        self._run(stream, *[places[name] for name in self._tensors], *self._numbers)
+
+
+def places_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Where tensors lie, as a kernel is told: their addresses. Triton's interpreter wants the tensors."""
+    from vicinal.backends.triton import compile
+
+    return tensors if compile.IS_INTERPRETED else {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def parts_of(scratch: Tensor, starts: Mapping[str, int]) -> dict[str, Any]:
+    """The same for what begins in one float32 tensor, after so many numbers."""
+    from vicinal.backends.triton import compile
+
+    if compile.IS_INTERPRETED:
+        return {name: scratch[start:] for name, start in starts.items()}
+    base = scratch.data_ptr()
+    return {name: base + 4 * start for name, start in starts.items()}
+
+
+def stream_of(device: int) -> int:
+    """The current stream of a device; processors have none."""
+    return torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
+
+
+def inputs_of(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
+    """What all passes read where it lies, if it can be read there."""
+    tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+    if inputs.additional_keys is not None and inputs.additional_values is not None and problem.additional:
+        tensors |= {"more_key": inputs.additional_keys, "more_value": inputs.additional_values}
+    return tensors
+
+
+def small_inputs_of(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
+    """What all passes read of another form: lengths in 32 bits, and a bias that is added to powers of two."""
+    tensors: dict[str, Tensor] = {}
+    if problem.additional:
+        lengths, (batch, most, *_) = inputs.additional_lengths, inputs.additional_keys.shape
+        if lengths is None:
+            tensors["lengths"] = torch.full((batch,), most, dtype=torch.int32, device=inputs.query.device)
+        else:
+            tensors["lengths"] = lengths.to(torch.int32)
+    if inputs.position_bias is not None:
+        tensors["bias"] = inputs.position_bias.float().mul(LOG2_E).contiguous()
+    return tensors
+
+
+def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """Of all tensors that have a `StepArgs`."""
+    grid, more = (problem.batch, *problem.shape), (problem.batch, problem.additional)
+    query, key = (problem.heads, problem.head_dim), (problem.heads_kv, problem.head_dim)
+    out, value = (problem.heads, problem.head_dim_v), (problem.heads_kv, problem.head_dim_v)
+    of_tensors = ((*grid, *query), (*grid, *key), (*grid, *value), (*grid, *out), (*more, *key), (*more, *value))
+    of_grads = ((*grid, *out), (*grid, *query), (*grid, *key), (*grid, *value))
+    return dict(zip(Steps._fields, of_tensors + of_grads, strict=True))
+
+
 class Operands:
-    """The tensors and numbers of a problem, as all its passes are told them. What kernels cannot read is copied."""
+    """A problem on tensors that lie in a certain way, as the kernels of all its passes are told of it.
 
-    def __init__(self, problem: Problem, inputs: Inputs, **more: Tensor) -> None:
-        self.problem = problem
-        self.device = inputs.query.device
-        self.hardware = present(self.device)
-        self.precision = precision_of(problem, self.hardware)
-        tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value, **more}
-        self.lengths = inputs.query  # not read where there are no additional keys
-        if inputs.additional_keys is not None and inputs.additional_values is not None and problem.additional:
-            tensors |= {"more_key": inputs.additional_keys, "more_value": inputs.additional_values}
-            lengths = inputs.additional_lengths
-            if lengths is None:
-                lengths = torch.full((problem.batch,), problem.additional, device=self.device)
-            self.lengths = lengths.to(torch.int32)
-        self.tensors: dict[str, Tensor] = {}
-        self.steps: dict[str, StepArgs] = {}
-        for name, tensor in tensors.items():
-            self.tensors[name], self.steps[name] = readable(tensor)
-        self.bias = inputs.query  # likewise
-        if inputs.position_bias is not None:
-            self.bias = (inputs.position_bias.float() * LOG2_E).contiguous()
+    Args:
+        problem: what is asked.
+        strides: of what comes from outside, by name, see `Steps`.
+        own: names of what this backend makes, which is contiguous.
+        device: where, -1 for processors.
+    """
 
-    def run(self, kernel: str, cut: Cut, grid: tuple[int, int] | None = None, **more: Any) -> None:
-        """Start a pass on the current stream.
+    def __init__(
+        self, problem: Problem, strides: Mapping[str, tuple[int, ...]], own: Sequence[str], device: int
+    ) -> None:
+        self.problem, self.device = problem, device
+        self.hardware = present(torch.device("cpu") if device < 0 else torch.device("cuda", device))
+        self._precision = precision_of(problem, self.hardware)
+        shapes = shapes_of(problem)
+        lies = strides | {name: contiguous(shapes[name]) for name in own}
+        steps = {name: steps_of(shapes[name], step, problem.itemsize) for name, step in lies.items()}
+        self.is_readable = None not in steps.values()
+        self._steps = Steps(*(steps.get(name) or NOWHERE for name in Steps._fields))
+        self._instead: dict[str, str] = {} if problem.position_bias else {"bias": "query"}
+        if not problem.additional:
+            self._instead |= {"more_key": "key", "more_value": "value", "lengths": "query"}
+            if not problem.position_bias:
+                self._instead |= {"sums": "facts", "delta": "facts"}  # not written where nobody asks for them
+
+    def call(self, kernel: str, cut: Cut, grid: tuple[int, int] | None = None, **numbers: Any) -> Call:
+        """A kernel of a pass.
 
         Args:
             kernel: as in `Variant`.
             cut: its tiles.
             grid: blocks, if not one for each tile.
-            more: arguments of the kernel beyond what all passes share, outputs among them.
+            numbers: arguments of the kernel beyond those that all share.
         """
-        problem = self.problem
-        found = self.steps | {name: readable(value)[1] for name, value in more.items() if name in Steps._fields}
-        steps = Steps(*(found.get(name, NOWHERE) for name in Steps._fields))
-        variant, axes, blocks = prepared(kernel, problem, cut, self.precision, steps)
-        values = {
-            "more_key": self.tensors["key"],
-            "more_value": self.tensors["value"],
-            "lengths": self.lengths,
-            "bias": self.bias,
-            "axes": axes,
+        problem, steps = self.problem, self._steps
+        axes = three_axes(problem.axes)
+        wide = is_wide(axes, (three(cut.rows), three(cut.columns)), steps, problem.itemsize)
+        variant = variant_of(kernel, problem, cut, self._precision, wide)
+        args = axis_args(axes, variant.rows)
+        blocks = blocks_of(args, problem, problem.heads_kv if variant.are_keys else problem.heads)
+        shared = {
+            "axes": args,
             "steps": steps,
             "heads": problem.heads,
             "group": problem.heads // problem.heads_kv,
             "additional": problem.additional,
             "scale": problem.scale * LOG2_E,
             "V": variant,
-            **self.tensors,
-            **more,
         }
-        start(variant, (*(grid or (blocks, 1)), 1), self.device, values)
+        return Call(variant, (*(grid or (blocks, 1)), 1), self.device, shared | numbers, self._instead)
 
 
-@lru_cache(maxsize=1024)
-def prepared(
-    kernel: str, problem: Problem, cut: Cut, precision: str, steps: Steps
-) -> tuple[Variant, tuple[AxisArgs, ...], int]:
-    """What does not change from call to call: the variant, what it is told of the axes, and the number of tiles."""
-    axes = three_axes(problem.axes)
-    wide = is_wide(axes, (three(cut.rows), three(cut.columns)), steps, problem.itemsize)
-    variant = variant_of(kernel, problem, cut, precision, wide)
-    args = axis_args(axes, variant.rows)
-    return variant, args, blocks_of(args, problem, problem.heads_kv if variant.are_keys else problem.heads)
+def told(problem: Problem) -> tuple[Any, ...]:
+    """What else a pass depends on: what tuning has found, and how PyTorch is told to multiply float32."""
+    return tuned.epoch, problem.dtype == "float32" and torch.backends.cuda.matmul.fp32_precision
 
 
 def precision_of(problem: Problem, hardware: Hardware) -> str:
@@ -165,14 +245,3 @@ def precision_of(problem: Problem, hardware: Hardware) -> str:
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "tf32x3" if hardware.arch >= (8, 0) else "ieee"
-
-
-def start(variant: Variant, grid: tuple[int, int, int], device: torch.device, values: dict[str, Any]) -> None:
-    """Start the kernel of `variant` on the current stream of `device`, or run it in Triton's interpreter."""
-    from vicinal.backends.triton import compile
-
-    arguments = [values[name] for name in compile.KERNELS[variant.kernel].arg_names]
-    if compile.IS_INTERPRETED:
-        compile.interpret(variant, grid, arguments)
-        return
-    on_device(lambda: compile.loaded(variant, device.index)[grid](*arguments), device.index)

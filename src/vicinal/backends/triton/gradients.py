@@ -1,0 +1,144 @@
+"""The backward pass on the host: what its kernels are told, and in which order they run.
+
+The pass for queries leaves to the others what they must know of each query; then come keys and values, additional
+ones, and the position bias. Nothing is added to memory, so the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicinal._tuples import ceil_div
+from vicinal.backends.base import Gradients, Inputs, Output
+from vicinal.backends.devices import on_device
+from vicinal.backends.remembered import ALIGNMENT, Remembered, Strides
+from vicinal.backends.triton.bias import bias_cut
+from vicinal.backends.triton.cost import Cut, best_cut
+from vicinal.backends.triton.launch import (
+    Call,
+    Operands,
+    inputs_of,
+    parts_of,
+    places_of,
+    readable,
+    small_inputs_of,
+    stream_of,
+    told,
+)
+from vicinal.backends.triton.variant import FACTS
+from vicinal.problem import Problem
+
+MOST_BLOCKS = 1024
+"""Blocks that the gradients of additional keys are spread over, about."""
+
+
+class Passes:
+    """All kernels of a backward pass, for tensors that lie in a certain way; only addresses change.
+
+    `scratch` float32 numbers are to be lent to them, in which `parts` begin, and two tensors of `partial_shapes`, if
+    there are additional keys.
+    """
+
+    def __init__(self, operands: Operands) -> None:
+        problem, hardware = operands.problem, operands.hardware
+        keys = best_cut("keys", problem, hardware)
+        self._calls = [operands.call("queries", best_cut("queries", problem, hardware)), operands.call("keys", keys)]
+        queries = problem.batch * problem.heads * problem.tokens
+        sizes = {"facts": FACTS * queries}
+        if problem.additional or problem.position_bias:
+            sizes |= {"sums": queries, "delta": queries}
+        self.partial_shapes: list[tuple[int, ...]] = []
+        if problem.additional:
+            call, chunks = additional_call(operands, keys)
+            self._calls.append(call)
+            shape = chunks, problem.batch, problem.additional, problem.heads_kv
+            self.partial_shapes = [(*shape, problem.head_dim), (*shape, problem.head_dim_v)]
+        if problem.position_bias:
+            self._calls += bias_calls(operands)
+            sizes["partial_bias"] = bias_cut(problem, hardware).scratch
+        # Whatever begins in there begins at an address that vectors may be loaded from.
+        numbers = ALIGNMENT // 4
+        ends = list(accumulate(ceil_div(size, numbers) * numbers for size in sizes.values()))
+        self.scratch, self.parts = ends[-1], dict(zip(sizes, [0, *ends], strict=False))
+
+    def start(self, places: dict[str, Any], stream: int) -> None:
+        """Start them all on `stream`, one after another; `places` as in `Call.start`."""
+        for call in self._calls:
+            call.start(places, stream)
+
+
+def additional_call(operands: Operands, cut: Cut) -> tuple[Call, int]:
+    """The pass for additional keys and values: sums over all queries, in chunks that run side by side; how many."""
+    problem = operands.problem
+    rows, columns = cut.shape.rows, cut.shape.columns
+    blocks = ceil_div(problem.additional, rows) * problem.heads_kv * problem.batch
+    chunks = min(ceil_div(MOST_BLOCKS, blocks), ceil_div(problem.tokens, columns))
+    chunk = ceil_div(ceil_div(problem.tokens, chunks), columns) * columns
+    chunks = ceil_div(problem.tokens, chunk)
+    flat = cut._replace(rows=(rows,), columns=(columns,))
+    return operands.call("additional", flat, (blocks, chunks), chunk=chunk), chunks
+
+
+def bias_calls(operands: Operands) -> list[Call]:
+    """The pass for the position bias: two kernels for as many heads as there is scratch memory for, then for others."""
+    problem = operands.problem
+    found = bias_cut(problem, operands.hardware)
+    shared = {"slots": found.slots, "chunks": found.chunks}
+    calls: list[Call] = []
+    for first in range(0, problem.heads, found.heads):
+        heads = min(found.heads, problem.heads - first)
+        grid = heads * found.boxes, found.chunks
+        more = {"chunk": found.chunk, "batches": problem.batch, "first_head": first}
+        calls.append(operands.call("bias", found.cut, grid, **shared, **more))
+        grid = heads * prod(problem.bias_shape[1:]), 1
+        calls.append(operands.call("diagonals", found.cut, grid, **shared, heads=heads, first_head=first))
+    return calls
+
+
+GRADIENTS = ("grad_query", "grad_key", "grad_value")
+
+
+@lru_cache(maxsize=1024)
+def prepared(problem: Problem, strides: Strides, device: int, *_: Any) -> Passes | None:
+    """The passes on tensors with these strides, built once; `None` if one of them must be copied first."""
+    names = ("query", "key", "value", *(("more_key", "more_value") if problem.additional else ()), "out", "grad_out")
+    operands = Operands(problem, dict(zip(names, strides, strict=True)), GRADIENTS, device)
+    return Passes(operands) if operands.is_readable else None
+
+
+passes = Remembered(prepared, readable)
+
+
+def forget() -> None:
+    """Forget all launches."""
+    passes.forget()
+    prepared.cache_clear()
+
+
+def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """Gradients of all inputs, see `Backend.backward`, where there is at least one query."""
+    device = inputs.query.get_device()
+    given = inputs_of(problem, inputs) | {"out": output.out, "grad_out": grad_out}
+    tensors = list(given.values())
+    found = passes.find(problem, tensors, device, *told(problem))
+    lse = output.lse.contiguous()
+    at = inputs.query.device
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=at) for t in (inputs.query, inputs.key, inputs.value)]
+    scratch = torch.empty(found.scratch, dtype=torch.float32, device=at)
+    partial = [torch.empty(shape, dtype=torch.float32, device=at) for shape in found.partial_shapes]
+    table = torch.empty(problem.bias_shape, dtype=grads[0].dtype, device=at) if problem.position_bias else None
+    named = dict(zip(given, tensors, strict=True)) | small_inputs_of(problem, inputs)
+    named |= dict(zip(GRADIENTS, grads, strict=True)) | {"lse": lse}
+    named["grad_lse"] = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+    named |= dict(zip(("partial_key", "partial_value"), partial, strict=False))
+    if table is not None:
+        named["grad_bias"] = table
+    on_device(found.start, device, places_of(named) | parts_of(scratch, found.parts), stream_of(device))
+    more = [part.sum(0).to(grads[0].dtype) for part in partial] or [None, None]
+    return Gradients(*grads, *more, table)
