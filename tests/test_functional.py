@@ -170,6 +170,27 @@ def test_merging_does_not_touch_its_parts():
     assert all(torch.equal(a, b) for a, b in zip((*outs, *lses), before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["blocked", "reference", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_a_bias_may_be_of_32_bits_beside_16(backend: str, dtype: torch.dtype):
+    device = "cuda" if backend == "triton" else "cpu"
+    query, key, value = (t.to(device).requires_grad_() for t in qkv(2, 9, 11, width_v=8, dtype=dtype))
+    table = torch.randn(4, 5, 9, device=device).to(dtype).requires_grad_()
+
+    def solved(table: Tensor) -> tuple[Tensor, ...]:
+        found = attention_with_lse(query, key, value, (3, 5), position_bias=table, backend=backend)
+        loss = sum(each.float().square().sum() for each in found)
+        return *found, *torch.autograd.grad(loss, (query, key, value, table))
+
+    narrow, wide = solved(table), solved(table.detach().float().requires_grad_())
+    assert wide[-1].dtype == torch.float32 and narrow[-1].dtype == dtype
+    for a, b in zip(narrow, wide, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+    if dtype is torch.float16:
+        finer = solved((table.detach().float() * (1 + 2**-14)).requires_grad_())
+        assert not torch.equal(finer[1], wide[1])  # it is not rounded on its way
+
+
 def test_a_part_without_keys_weighs_nothing():
     out, lse = torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2)
     nothing = torch.full_like(lse, -math.inf)

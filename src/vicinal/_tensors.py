@@ -10,7 +10,7 @@ FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 """The dtypes there are, and their bytes."""
 
 
-def check_tensor(name: str, tensor: Any, query: Any) -> None:
+def check_tensor(name: str, tensor: Any, query: Any, *, may_be_wider: bool = False) -> None:
     # Asked first: a nested tensor raises at the mere mention of its shape.
     if getattr(tensor, "is_nested", False):
         raise InvalidProblem(f"{name} is a nested tensor; pass a dense one, padded or one grid at a time")
@@ -24,7 +24,8 @@ def check_tensor(name: str, tensor: Any, query: Any) -> None:
         ("dtype", dtype_of(tensor), dtype_of(query)),
         ("device", getattr(tensor, "device", None), getattr(query, "device", None)),
     ):
-        if here != there:
+        is_wider = may_be_wider and here == "float32" and there in ("float16", "bfloat16")
+        if here != there and not is_wider:
             raise InvalidProblem(f"{name} and query must share one {what}, got {here} and {there}")
 
 
@@ -71,7 +72,7 @@ def check_additional(query: Any, key: Any, value: Any, keys: Any, values: Any, l
 
 
 def check_bias(query: Any, bias: Any, wanted: tuple[int, ...]) -> None:
-    check_tensor("position_bias", bias, query)
+    check_tensor("position_bias", bias, query, may_be_wider=True)  # it is added to scores, which are
     if tuple(bias.shape) != wanted:
         raise InvalidProblem(
             f"position_bias must be [H, 2 * kernel_size - 1 of each axis] = [{', '.join(str(n) for n in wanted)}], "

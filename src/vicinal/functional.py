@@ -18,7 +18,7 @@ T = TypeVar("T")
 Each = T | Sequence[T]
 """One value for all spatial axes, or one per axis."""
 
-_LOWERED = (torch.float16, torch.bfloat16, torch.float32)
+_LOWERED = (torch.float16, torch.bfloat16, torch.float32)  # the last not if it is a position bias
 
 
 class AttentionOutput(NamedTuple):
@@ -67,7 +67,8 @@ def neighborhood_attention(
             score of a key gets the entry at its offset from the query, counted in steps of `dilation`,
             plus `k - 1`: offset 0 is in the middle. Windows that are pushed inside at a border or shared
             by a stride still hold their query, so no offset is larger. Where an axis is causal, the
-            entries of later keys are never read. Additional keys get none.
+            entries of later keys are never read. Additional keys get none. In the inputs' dtype, or in
+            float32 beside inputs of 16 bits, and so is its gradient.
         additional_keys, additional_values: `[B, M, Hkv, D]` and `[B, M, Hkv, Dv]`.
         additional_lengths: integers `[B]`: only so many of the `M` are seen in each batch row.
             Values below 0 count as 0, above `M` as `M`.
@@ -317,12 +318,18 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
 def _autocast(inputs: Inputs) -> Inputs:
     """Under autocast, floats of up to 32 bits in its dtype: attention is among the operations that it lowers.
 
-    That comes before the arguments are checked, since a layer's table of position bias is of 32 bits while what its
-    projections give is lowered already. What is no tensor of floats stays, to be refused in words.
+    Not the position bias, if it is of 32 bits as a layer's is: scores are, too, and to lower it would cost two more
+    kernels than it saves. What is no tensor of floats stays, to be refused in words.
     """
     device = next((tensor.device.type for tensor in inputs if isinstance(tensor, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
         return inputs
     dtype = torch.get_autocast_dtype(device)
-    lowered: list[Any] = [t.to(dtype) if isinstance(t, Tensor) and t.dtype in _LOWERED else t for t in inputs]
-    return Inputs(*lowered)._replace(additional_lengths=inputs.additional_lengths)
+
+    def lowered(tensor: Any, kinds: Sequence[torch.dtype] = _LOWERED) -> Any:
+        is_other = isinstance(tensor, Tensor) and tensor.dtype is not dtype and tensor.dtype in kinds
+        return tensor.to(dtype) if is_other else tensor
+
+    query, key, value, more_keys, more_values, lengths, bias = inputs
+    tensors = lowered(query), lowered(key), lowered(value), lowered(more_keys), lowered(more_values)
+    return Inputs(*tensors, lengths, lowered(bias, _LOWERED[:2]))

@@ -290,7 +290,7 @@ def neighborhood_scores(
     entries = entries_of(query.detach(), *window)
     if position_bias is not None:
         bias = position_bias.flatten(1)[:, entries.clamp(min=0)]  # [H, *S, slots]
-        scores = scores + bias.movedim(0, -2)
+        scores = scores + bias.movedim(0, -2).to(scores.dtype)
     return scores.masked_fill(entries.unsqueeze(-2) < 0, -torch.inf)
 
 

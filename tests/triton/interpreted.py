@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vicinal import neighborhood_attention
 from vicinal._tuples import ceil_div
 from vicinal.backends import present
 from vicinal.backends import triton as portable
@@ -181,6 +182,18 @@ def _boxes(out, axes, most, V: tl.constexpr):  # noqa: N803
         tl.store(row + 2 * number, is_full(t, h, w, tile, V).to(tl.int32))
         tl.store(row + 2 * number + 1, tl.sum(tl.sum(mask_of(windows, t, h, w, V).to(tl.int32), 1), 0))
         t, h, w = next_box(t, h, w, tile, V)
+
+
+def test_a_bias_may_be_of_32_bits_beside_16() -> None:
+    query, key, value = (torch.randn(2, 6, 9, 2, 16).half().requires_grad_() for _ in range(3))
+    table = torch.randn(2, 5, 9).half()
+    found: list[tuple[torch.Tensor, ...]] = []
+    for each in (table.requires_grad_(), table.detach().float().requires_grad_()):
+        out = neighborhood_attention(query, key, value, (3, 5), position_bias=each, backend="triton")
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), (query, key, value, each))))
+    assert found[1][-1].dtype == torch.float32
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
 
 
 @pytest.mark.parametrize("kernel", ["forward", "keys"])

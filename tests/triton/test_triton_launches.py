@@ -128,7 +128,11 @@ def test_what_the_kernels_are_told(card: Card) -> None:
     assert (queries["out"], queries["lse"]) == (output.out.data_ptr(), output.lse.data_ptr())
     assert queries["grad_query"] == found.query.data_ptr()
     assert (keys["grad_key"], keys["grad_value"]) == (found.key.data_ptr(), found.value.data_ptr())
-    assert found.position_bias is not None and diagonals["grad_bias"] == found.position_bias.data_ptr()
+    assert found.position_bias is not None and found.position_bias.dtype == torch.bfloat16
+    card.launches.clear()
+    found = both(plan_of(problem), inputs._replace(position_bias=torch.ones(problem.bias_shape)))[1]  # of 32 bits
+    assert found.position_bias is not None and found.position_bias.dtype == torch.float32
+    assert card.launches[-1][2]["grad_bias"] == found.position_bias.data_ptr()
     # Scratch memory is one piece: what one pass leaves there the others read, and nothing lies on anything else.
     assert queries["facts"] == keys["facts"]
     for given in (additional, bias):

@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     additional_keys: Tensor | None = None  # [B, M, Hkv, D]
     additional_values: Tensor | None = None  # [B, M, Hkv, Dv]
     additional_lengths: Tensor | None = None  # [B], integers; how many of the M count
-    position_bias: Tensor | None = None  # [H, 2 * k - 1, ...], added to scaled scores; see `Problem.bias_shape`
+    position_bias: Tensor | None = None  # [H, 2 * k - 1, ...], added to scaled scores, maybe of 32 bits beside 16
 
     def problem(self, settings: dict[str, Any]) -> Problem:
         """What is asked of these tensors, or of whatever else was passed for them.

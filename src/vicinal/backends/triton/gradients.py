@@ -132,7 +132,7 @@ def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor
     grads = [torch.empty(t.shape, dtype=t.dtype, device=at) for t in (inputs.query, inputs.key, inputs.value)]
     scratch = torch.empty(found.scratch, dtype=torch.float32, device=at)
     partial = [torch.empty(shape, dtype=torch.float32, device=at) for shape in found.partial_shapes]
-    table = torch.empty(problem.bias_shape, dtype=grads[0].dtype, device=at) if problem.position_bias else None
+    table = torch.empty(problem.bias_shape, dtype=torch.float32, device=at) if problem.position_bias else None
     named = dict(zip(given, tensors, strict=True)) | small_inputs_of(problem, inputs)
     named |= dict(zip(GRADIENTS, grads, strict=True)) | {"lse": lse}
     named["grad_lse"] = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
@@ -141,4 +141,4 @@ def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor
         named["grad_bias"] = table
     on_device(found.start, device, places_of(named) | parts_of(scratch, found.parts), stream_of(device))
     more = [part.sum(0).to(grads[0].dtype) for part in partial] or [None, None]
-    return Gradients(*grads, *more, table)
+    return Gradients(*grads, *more, table if table is None else table.to(inputs.position_bias.dtype))
