@@ -7,6 +7,7 @@ profiler. Everything else goes through `vicinal.ops`, and gets the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,12 +21,11 @@ from vicinal.plan import Plan
 from vicinal.tiling import Tiling
 
 
-def is_plain(inputs: Inputs) -> bool:
-    """Whether nobody watches, and all tensors are nothing but tensors."""
+def is_plain(tensors: Iterable[object]) -> bool:
+    """Whether nobody watches, and these are tensors, and nothing but tensors."""
     if torch.compiler.is_compiling():
         return False
-    query, key, value, *extra = inputs
-    for tensor in (query, key, value, *[tensor for tensor in extra if tensor is not None]):
+    for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return False
     return not (

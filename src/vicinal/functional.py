@@ -152,7 +152,7 @@ def attention_with_lse(
     inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         inputs = _autocast(inputs)
-    if _eager.is_plain(inputs):
+    if _eager.is_plain([*inputs[:3], *[tensor for tensor in inputs[3:] if tensor is not None]]):
         return AttentionOutput(*_eager.attention(inputs, {**settings, "scale": scale}, backend, tiling))
     floats = *inputs[:5], inputs.position_bias
     if not torch.compiler.is_compiling():

@@ -6,13 +6,15 @@ the same caches, so that compiled, exported and eager calls share one plan and o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 
 from vicinal._calls import outside_autocast, settled
+from vicinal._eager import is_plain
 from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -86,8 +88,7 @@ def problem_of(inputs: Inputs, settings: dict[str, Any]) -> Problem:
     return known
 
 
-@torch.library.custom_op("vicinal::attention", mutates_args=())
-def attention(
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -111,8 +112,7 @@ def attention(
     return out, lse
 
 
-@torch.library.custom_op("vicinal::attention_backward", mutates_args=())
-def attention_backward(
+def _attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     out: Tensor,
@@ -141,14 +141,12 @@ def attention_backward(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-@attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype)
 
 
-@attention_backward.register_fake
-def _(
+def _fake_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     out: Tensor,
@@ -179,5 +177,33 @@ def _derivative(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]
     return (*of_inputs, *[None] * len(ctx.settings))
 
 
-attention.register_autograd(_derivative, setup_context=_save)
-attention_backward.register_autograd(no_second_derivative)
+_library = torch.library.Library("vicinal", "DEF")
+
+
+def _operator(
+    compute: Callable[..., Any], fake: Callable[..., Any], derivative: Callable[..., Any], save: Any = None
+) -> Callable[..., Any]:
+    """What `torch.library.custom_op` makes of `compute`, but for what that does in each call.
+
+    It redispatches calls that need no derivative, looks for aliases, and guards functions against being traced that
+    never are: as much host time as all else that a compiled call does.
+    """
+    name = compute.__name__.removeprefix("_")
+    schema = torch.library.infer_schema(compute, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vicinal::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.vicinal, name).default
+    derived = make_autograd_impl(operator, Info(derivative, save))
+
+    def dispatched(keys: Any, *args: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return derived(keys, *args) if needs_grad or not is_plain(tensors) else compute(*args)
+
+    _library.impl(name, dispatched, "Autograd", with_keyset=True)
+    return operator
+
+
+attention_backward = _operator(_attention_backward, _fake_attention_backward, no_second_derivative)
+attention = _operator(_attention, _fake_attention, _derivative, _save)
