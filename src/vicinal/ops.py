@@ -114,7 +114,7 @@ def _attention(
 
 def _attention_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     query: Tensor,
@@ -148,7 +148,7 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 
 def _fake_attention_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     query: Tensor,
@@ -167,10 +167,12 @@ def _fake_attention_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:7], *output)
     ctx.settings = inputs[7:]
+    ctx.set_materialize_grads(False)  # hardly anybody asks for the log-sum-exp's, and zeros cost a kernel
 
 
-def _derivative(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _derivative(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     *inputs, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     gradients = iter(attention_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.settings))
     # Lengths, the sixth, have none.
     of_inputs = [None if tensor is None or i == 5 else next(gradients) for i, tensor in enumerate(inputs)]

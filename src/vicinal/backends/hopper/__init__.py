@@ -13,7 +13,7 @@ from vicinal.backends.devices import on_device
 from vicinal.backends.hopper import backward
 from vicinal.backends.hopper.cost import predicted_ms, ranked_tilings
 from vicinal.backends.hopper.launch import Launch, can_map, layouts_of
-from vicinal.backends.hopper.memory import Launches, additional, new
+from vicinal.backends.hopper.memory import Launches, additional, new, new_as
 from vicinal.backends.hopper.variant import variant_of
 from vicinal.backends.remembered import Strides
 from vicinal.hardware import Hardware
@@ -107,10 +107,7 @@ class Hopper:
 
 def outputs_of(query: Tensor, launch: Launch) -> Output:
     """Empty outputs. Of the ways to make a tensor these take least time."""
-    if query.is_contiguous() and not launch.copy_room:
-        out = torch.empty_like(query)
-    else:
-        out = new(query.shape, query.dtype, query.device, launch.copy_room)
+    out = new_as(query, launch.copy_room)
     return Output(out, torch.empty(launch.lse_shape, dtype=torch.float32, device=query.device))
 
 

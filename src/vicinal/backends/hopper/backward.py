@@ -33,7 +33,7 @@ from vicinal.backends.hopper.launch import (
     slab,
     tiles_of,
 )
-from vicinal.backends.hopper.memory import Launches, additional, new, zero_from
+from vicinal.backends.hopper.memory import Launches, additional, new_as, zero_from
 from vicinal.backends.hopper.variant import StepArgs, Sums, Variant, three_axes
 from vicinal.backends.remembered import ALIGNMENT, Strides
 from vicinal.problem import Axis, Problem
@@ -64,7 +64,7 @@ def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor
         out = out.clone()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     by_head, sums = two((problem.batch, problem.heads, problem.tokens), device)
-    grads = [new(tensor.shape, tensor.dtype, device, passes.copy_room) for tensor in (query, inputs.key, inputs.value)]
+    grads = [new_as(tensor, passes.copy_room) for tensor in (query, inputs.key, inputs.value)]
     partial, partials = two(passes.partial_shape, device) if problem.additional else (by_head, sums)
     stream = torch._C._cuda_getCurrentRawStream(at)
     pointers = (out.data_ptr(), addresses[1], lse.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(), *sums)

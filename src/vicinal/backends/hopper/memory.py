@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Inputs
+from vicinal.backends.devices import empty_as
 from vicinal.backends.hopper.launch import is_mappable
 from vicinal.backends.remembered import Remembered, Strides
 from vicinal.problem import Problem
@@ -58,9 +59,14 @@ def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device, room: in
     return torch.empty(start + prod(shape), dtype=dtype, device=device)[start:].view(shape)
 
 
+def new_as(tensor: Tensor, room: int = 0) -> Tensor:
+    """The same of the shape, dtype and device of another."""
+    return new(tensor.shape, tensor.dtype, tensor.device, room) if room else empty_as(tensor)
+
+
 def copy(tensor: Tensor, room: int = 0) -> Tensor:
     """A contiguous copy, `room` bytes into its allocation."""
-    return new(tensor.shape, tensor.dtype, tensor.device, room).copy_(tensor)
+    return new_as(tensor, room).copy_(tensor)
 
 
 def additional(inputs: Inputs, problem: Problem) -> tuple[list[Tensor], Tensor | None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vicinal.backends.base import Gradients, Inputs, Output
-from vicinal.backends.devices import on_device
+from vicinal.backends.devices import empty_as, on_device
 from vicinal.backends.remembered import Remembered, Strides
 from vicinal.backends.triton import gradients
 from vicinal.backends.triton.cost import NAME, choice_of, forward_cut, open_cuts, ranked_tilings
@@ -96,7 +96,8 @@ class Triton:
             Unsupported: if its tiling is not one that the kernel can be cut into.
         """
         problem, query = plan.problem, inputs.query
-        out = torch.empty(*query.shape[:-1], problem.head_dim_v, dtype=query.dtype, device=query.device)
+        is_alike = problem.head_dim_v == problem.head_dim
+        out = empty_as(query) if is_alike else query.new_empty((*query.shape[:-1], problem.head_dim_v))
         lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
         if not lse.numel():
             return Output(out, lse)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vicinal._tuples import ceil_div
 from vicinal.backends.base import Gradients, Inputs, Output
-from vicinal.backends.devices import on_device
+from vicinal.backends.devices import empty_as, on_device
 from vicinal.backends.remembered import ALIGNMENT, Remembered, Strides
 from vicinal.backends.triton.bias import bias_cut
 from vicinal.backends.triton.cost import Cut, best_cut
@@ -129,7 +129,7 @@ def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor
     found = passes.find(problem, tensors, device, *told(problem))
     lse = output.lse.contiguous()
     at = inputs.query.device
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=at) for t in (inputs.query, inputs.key, inputs.value)]
+    grads = [empty_as(inputs.query), empty_as(inputs.key), empty_as(inputs.value)]
     scratch = torch.empty(found.scratch, dtype=torch.float32, device=at)
     partial = [torch.empty(shape, dtype=torch.float32, device=at) for shape in found.partial_shapes]
     table = torch.empty(problem.bias_shape, dtype=torch.float32, device=at) if problem.position_bias else None
