@@ -1,10 +1,11 @@
 """What a tiling costs on one H100, predicted from the plan; tilings are chosen by it.
 
-    time = launch + max(sum over blocks of (start + tiles * pace) / multiprocessors, one block) + traffic
+    time = launch + (busy ** p + memory ** p) ** (1 / p)
+    busy = max(sum over blocks of (start + tiles * pace) / multiprocessors, one block)
 
 `tiles` are pairs of 64 queries and a KV box, as the plan counts them; `start` and `pace` are
-measured. The model knows no problem by name: a window, a stride or a dilation enters only through
-the tiles that it makes the plan visit.
+measured; `memory` is what its bytes take. The model knows no problem by name: a window, a stride or a
+dilation enters only through the tiles that it makes the plan visit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from math import prod
 from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.hopper.variant import code_width, is_odd_box, slots, variant_of
+from vicinal.backends.hopper.launch import heads_per_block
+from vicinal.backends.hopper.variant import Variant, code_width, is_odd_box, variant_for, variant_of
 from vicinal.plan import AxisPlan, Plan
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
@@ -28,15 +30,24 @@ BYTES_PER_S = 3.0e12
 LAUNCH = 0.008
 """Milliseconds around a kernel as events measure it, whatever it does: the median that five short ones took longer."""
 
-EXPOSED = 0.25
-"""Share of the least possible memory traffic that computing does not hide."""
+HIDING = 2.4
+"""The `p` above: 1 if computing and memory traffic added up, infinite if the longer one hid the other."""
+
+READ_AGAIN = 0.4
+"""Share of the shared keys and values that memory is asked for twice, if a tile walks one layer of boxes along the
+first axis; in layers it falls with their square.
+
+Blocks sweep that axis and so do boxes, so that a tile needs what it shares with the tile before it first, and what it
+shares with the one after it last, at the same time as that one. Unless one box holds all of it. The profiler saw it:
+LTX stage 4 reads 9.0 GB by boxes of 4x2x8, one layer, and 8.0 GB by boxes of 2x4x8, two layers of the same keys.
+"""
 
 
 class Rate(NamedTuple):
     """Microseconds of one multiprocessor.
 
     Args:
-        start: per block, whatever it visits.
+        start: per block, whatever it visits; heads that take turns in a block share it.
         pace: per pair of 64 queries and a KV box, without a mask.
         coded: added to the pace by a mask on the tensor core.
         select: added to it on a tile that is masked by selects.
@@ -49,13 +60,13 @@ class Rate(NamedTuple):
 
 
 RATES: dict[tuple[int, int, int], Rate] = {
-    # (head_dim, warpgroups, keys of a box): fitted to about 110 timings, bf16, sustained clocks.
-    # Not measured, but scaled from their neighbors: 32 x 3 and all of 256.
-    (32, 1, 64): Rate(0.32, 0.20, 0.024, 0.10),
-    (32, 1, 128): Rate(0.78, 0.30, 0.048, 0.20),
+    # (head_dim, warpgroups, keys of a box): fitted to about 110 timings, bf16, sustained clocks; one warpgroup and
+    # 64 keys again to 40 of `forward-tiles.csv`. Not measured, but scaled: 32 x 3, one x 128, and all of 256.
+    (32, 1, 64): Rate(0.60, 0.248, 0.024, 0.10),
+    (32, 1, 128): Rate(2.3, 0.30, 0.048, 0.20),
     (32, 3, 128): Rate(2.4, 0.39, 0.055, 0.20),
-    (64, 1, 64): Rate(0.45, 0.245, 0.030, 0.10),
-    (64, 1, 128): Rate(1.26, 0.60, 0.043, 0.20),
+    (64, 1, 64): Rate(0.45, 0.287, 0.030, 0.10),
+    (64, 1, 128): Rate(3.8, 0.60, 0.043, 0.20),
     (64, 3, 128): Rate(2.4, 0.505, 0.055, 0.20),
     (128, 1, 64): Rate(0.40, 0.50, 0.043, 0.30),
     (128, 2, 64): Rate(0.30, 0.48, 0.020, 0.20),
@@ -79,33 +90,45 @@ def predicted_ms(plan: Plan) -> float:
         >>> from vicinal.problem import Problem
         >>> problem = Problem.grid((30, 48, 80), (18, 24, 24), heads=24, head_dim=128)
         >>> round(predicted_ms(make_plan(problem, Tiling((2, 8, 8), (2, 8, 8)))))
-        37
+        36
     """
-    variant = variant_of(plan)
+    first = plan.axes[0]
+    again = _read_again(plan.problem.axes[0], plan.tiling.kv_tile[0], first.visited, first.most_visited)
     return _milliseconds(
-        plan.problem, variant.head_dim, variant.consumers, plan.tiling.kv_tile,
-        plan.q_tiles, plan.visited, plan.masked, plan.most_visited,
-    )  # fmt: skip
+        plan.problem, variant_of(plan), plan.q_tiles, plan.visited, plan.masked, plan.most_visited, again
+    )
 
 
 def _milliseconds(
-    problem: Problem, head_dim: int, consumers: int, kv_tile: tuple[int, ...],
-    q_tiles: int, visited: int, masked: int, most_visited: int,
-) -> float:  # fmt: skip
-    keys, (width, is_reduced) = slots(prod(kv_tile)), code_width(kv_tile)
-    rate = RATES[head_dim, consumers, keys]
-    additional = ceil_div(problem.additional, keys)
+    problem: Problem, variant: Variant, q_tiles: int, visited: int, masked: int, most_visited: int, read_again: float
+) -> float:
+    rate = RATES[variant.head_dim, variant.consumers, variant.keys]
+    start = rate.start / heads_per_block(problem, variant, q_tiles, visited)
+    pace = variant.consumers * (rate.pace + _mask_pace(rate, variant, masked / visited))
+    additional = ceil_div(problem.additional, variant.keys)
+    one_block = start + (most_visited + additional) * pace
+    all_blocks = q_tiles * start + (visited + q_tiles * additional) * pace
+    busy = max(problem.batch * problem.heads * all_blocks / MULTIPROCESSORS, one_block) / 1e3
+    row = problem.batch * problem.tokens * problem.head_dim * problem.itemsize
+    memory = 2 * row * (problem.heads + problem.heads_kv * (1 + read_again)) / BYTES_PER_S * 1e3
+    return LAUNCH + (busy**HIDING + memory**HIDING) ** (1 / HIDING)
+
+
+def _mask_pace(rate: Rate, variant: Variant, masked: float) -> float:
+    """What the mask adds to the pace, if that share of the boxes needs one."""
+    kv_tile = variant.kv_box[-variant.rank :]
+    width, is_reduced = code_width(kv_tile)
     if masked == 0 and not is_odd_box(kv_tile):
-        pace = rate.pace
-    elif width <= 32:
-        pace = rate.pace + rate.coded + REDUCED_CODE * is_reduced + WIDE_CODE * (width > 16)
-    else:
-        pace = rate.pace + rate.select * masked / visited
-    one_block = rate.start + consumers * (most_visited + additional) * pace
-    all_blocks = q_tiles * rate.start + consumers * (visited + q_tiles * additional) * pace
-    busy = max(problem.batch * problem.heads * all_blocks / MULTIPROCESSORS, one_block)
-    traffic = 2 * problem.itemsize * problem.batch * problem.tokens * head_dim * (problem.heads + problem.heads_kv)
-    return LAUNCH + busy / 1e3 + EXPOSED * traffic / BYTES_PER_S * 1e3
+        return 0
+    if width > 32:
+        return rate.select * masked
+    return rate.coded + REDUCED_CODE * is_reduced + WIDE_CODE * (width > 16)
+
+
+def _read_again(axis: Axis, box: int, visited: int, layers: int) -> float:
+    """Share of the keys and values that are read again, by the boxes of the first axis, see `READ_AGAIN`."""
+    shared = min(visited * box / axis.length - 1, 1)
+    return READ_AGAIN * max(shared, 0) / layers**2
 
 
 def candidates(problem: Problem) -> Iterator[Tiling]:
@@ -153,10 +176,9 @@ def _predict(problem: Problem, tiling: Tiling) -> float:
     # `predicted_ms(make_plan(problem, tiling))`, sharing the counts of an axis between tilings.
     counts = [_counts(*cut) for cut in zip(problem.axes, tiling.q_tile, tiling.kv_tile, strict=True)]
     q_tiles, visited, full, most_visited = (prod(column) for column in zip(*counts, strict=True))
-    return _milliseconds(
-        problem, problem.head_dim, prod(tiling.q_tile) // 64, tiling.kv_tile,
-        q_tiles, visited, visited - full, most_visited,
-    )  # fmt: skip
+    again = _read_again(problem.axes[0], tiling.kv_tile[0], counts[0][1], counts[0][3])
+    variant = variant_for(problem, tiling.q_tile, tiling.kv_tile, "coded")  # whatever the mask, it costs no registers
+    return _milliseconds(problem, variant, q_tiles, visited, visited - full, most_visited, again)
 
 
 @lru_cache(maxsize=1024)
