@@ -21,6 +21,7 @@ from vicinal.backends import present
 from vicinal.backends import triton as portable
 from vicinal.backends.triton import bias
 from vicinal.backends.triton import compile as compiling
+from vicinal.backends.triton.cost import MOST_HELD, choice_of, cut_as, cuts
 from vicinal.backends.triton.tile import (
     boxes_of,
     is_full,
@@ -82,6 +83,26 @@ def test_law_holds(law: Law) -> None:
     for seed, problem in enumerate(problems_of(law)):
         assert portable.backend.why_not(problem, hardware) == ()
         law.check(Trial(portable.backend, problem, CPU, hardware, seed))
+
+
+HELD = (
+    Problem.grid((13, 9), (5, 4), batch=3, heads=2, head_dim=16, head_dim_v=8),
+    Problem.grid((14, 17), (7, 5), stride=(2, 1), dilation=(1, 2), heads=2, head_dim=8, is_causal=(True, False)),
+    Problem.grid((3, 4, 5), (2, 3, 3), batch=2, heads=1, head_dim=24, scale=-0.3),
+    Problem.grid((70,), 33, batch=2, heads=2, heads_kv=1, head_dim=16, scale=0.0),
+)
+
+
+@pytest.mark.parametrize("problem", HELD, ids=str)
+def test_passes_that_hold_a_position_bias_are_right(problem: Problem) -> None:
+    problem, hardware = replace(problem, dtype="float16", position_bias=True), present(CPU)
+    passes = ("forward", "queries", *(("keys",) if problem.heads == problem.heads_kv else ()))
+    known = {name: [cut for cut in cuts(name, problem, hardware, most=9999) if cut.held] for name in passes}
+    held = [max(known[name], key=lambda cut: prod(cut.held)) for name in passes]
+    assert problem.rank == 1 or all(prod(cut.held) == MOST_HELD for cut in held)
+    assert all(cut_as(name, problem, hardware, choice_of(cut)) == cut for name, cut in zip(passes, held, strict=True))
+    chosen = tuple((name, choice_of(cut)) for name, cut in zip(passes, held, strict=True))
+    check_drawn(Drawn(3, problem, chosen, next(iter(LAYOUTS))), portable.backend, CPU, hardware)
 
 
 BIASED = (

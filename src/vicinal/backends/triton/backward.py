@@ -13,8 +13,10 @@ import triton.language as tl
 
 from vicinal.backends.triton import variant
 from vicinal.backends.triton.tile import (
+    LN2,
+    LOG2_E,
     additional_at,
-    biased,
+    bias_in,
     boxes_of,
     columns_exist,
     exist,
@@ -36,10 +38,20 @@ from vicinal.backends.triton.tile import (
     windows_of,
 )
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
 FACTS = tl.constexpr(variant.FACTS)
+
+
+@triton.jit
+def biased(rows, columns, added, scale, V: tl.constexpr):
+    """Scaled scores with the bias that is added to them.
+
+    A product that begins with the bias has it where it wants it; added later, the compiler copies it through shared
+    memory, number by number, while boxes are in flight.
+    """
+    if V.is_signed:
+        return tl.dot(rows, tl.trans(columns), input_precision=V.precision) * scale + added
+    else:
+        return tl.dot(rows, tl.trans(columns), added * (1.0 / scale), input_precision=V.precision) * scale
 
 
 @triton.jit
@@ -117,12 +129,11 @@ def query_gradients(
         near = columns_exist(t, h, w, tile, V)
         k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
         v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
-        scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
         if V.has_bias:
-            keep = mask_of(windows, t, h, w, V)
-            p = tl.exp2(biased(scores, scale, table, entries, keep, t, h, w, axes, V) - total[:, None])
+            added = bias_in(table, entries, mask_of(windows, t, h, w, V), t, h, w, axes, V)
+            p = tl.exp2(biased(q, k, added, scale, V) - total[:, None])
         else:
-            p = tl.exp2(scores * scale - total[:, None])
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=V.precision) * scale - total[:, None])
             if V.masked:
                 if not is_full(t, h, w, tile, V):
                     p = tl.where(mask_of(windows, t, h, w, V), p, 0.0)
@@ -218,13 +229,12 @@ def key_gradients(
             q = load(moved(query_at, t, h, w, axes, steps.query, V), query_offsets, near, V.head_dim, D)
             do = load(moved(grad_at, t, h, w, axes, steps.grad_out, V), grad_offsets, near, V.head_dim_v, DV)
             total, shift = facts_of(fact_at + FACTS * tokens_on(t, h, w, axes).to(tl.int64), fact_offsets, near)
-            scores = tl.dot(k, tl.trans(q), input_precision=V.precision)
             if V.has_bias:
                 keep = mask_of(windows, t, h, w, V)
-                table = table_of(bias, head, axes)
-                p = tl.exp2(biased(scores, scale, table, entries, keep, t, h, w, axes, V) - total[None, :])
+                added = bias_in(table_of(bias, head, axes), entries, keep, t, h, w, axes, V)
+                p = tl.exp2(biased(k, q, added, scale, V) - total[None, :])
             else:
-                p = tl.exp2(scores * scale - total[None, :])
+                p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=V.precision) * scale - total[None, :])
                 if V.masked:
                     if not is_full(t, h, w, tile, V):
                         p = tl.where(mask_of(windows, t, h, w, V), p, 0.0)

@@ -26,8 +26,12 @@ SHAPES = {2: ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4)), 
 HOPPER_SHAPES = {4: ((64, 32, 8),)}
 """Where products read float32 from shared memory, these do not."""
 
-MOST_BLOCKS = 1024
+MOST_BLOCKS = 512
 """Blocks that have something to sum, about."""
+
+REGISTERS = 128
+"""Of a thread at most where eight warps sum a box of 16-bit pairs on Hopper, so that two blocks share a multiprocessor:
+a quarter faster, though what is needed once is spilled."""
 
 LEAST_CHUNK = 8
 """Pairs of a tile and a box that a block sums at least, where there are so many: starting it costs as much."""
@@ -123,6 +127,8 @@ def shape_of(problem: Problem, hardware: Hardware) -> Shape:
     for rows, columns, warps in larger + SHAPES[problem.itemsize]:
         step = (rows + columns) * token
         if 2 * step <= room:  # a third only where two blocks still fit
-            return Shape(rows, columns, warps, 3 if 6 * step <= room else 2, 0.0, 0.0, 0.0)
+            is_capped = hardware.arch == (9, 0) and (rows, columns, problem.itemsize) == (64, 64, 2)
+            stages, registers = 3 if 6 * step <= room else 2, REGISTERS if is_capped else 0
+            return Shape(rows, columns, warps, stages, 0.0, 0.0, 0.0, registers=registers)
     rows, columns, warps = SHAPES[problem.itemsize][-1]
     return Shape(rows, columns, warps, 1, 0.0, 0.0, 0.0)

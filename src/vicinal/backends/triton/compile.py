@@ -17,12 +17,16 @@ from triton.runtime.interpreter import InterpretedFunction
 from vicinal.backends.triton.backward import additional_gradients, key_gradients, query_gradients
 from vicinal.backends.triton.backward_bias import bias_gradients, diagonal_sums
 from vicinal.backends.triton.forward import forward
+from vicinal.backends.triton.held import forward_held, key_gradients_held, query_gradients_held
 from vicinal.backends.triton.variant import AxisArgs, SlotArgs, StepArgs, Steps, Variant
 
 KERNELS = {
     "forward": forward,
     "queries": query_gradients,
     "keys": key_gradients,
+    "forward_held": forward_held,
+    "queries_held": query_gradients_held,
+    "keys_held": key_gradients_held,
     "additional": additional_gradients,
     "bias": bias_gradients,
     "diagonals": diagonal_sums,
@@ -88,7 +92,8 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     aligned = [["tt.divisibility", 16]]
     attrs = {(i,): aligned for i, kind in enumerate(signature.values()) if str(kind).startswith("*")}
     source = ASTSource(kernel, signature, {"V": variant}, attrs)
-    return triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "maxnreg": variant.registers or None}
+    return triton.compile(source, target=target, options=options)
 
 
 @lru_cache(maxsize=1024)

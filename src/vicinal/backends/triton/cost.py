@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from vicinal import tuned
 from vicinal._tuples import ceil_div
-from vicinal.backends.triton.variant import Variant, padded, three
+from vicinal.backends.triton.variant import FACTS, Variant, padded, three
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import AxisPlan
@@ -41,6 +41,9 @@ class Shape(NamedTuple):
         start: microseconds of one multiprocessor per block, whatever it visits.
         pace: per pair of a tile and a box.
         mask: added to the pace by a mask.
+        holds: whether a block holds the bias of all boxes while it walks batch rows, see `held`. Then `start` is per
+            batch row, and `mask`, once, what a block takes before them.
+        registers: as in `Variant`.
     """
 
     rows: int
@@ -50,6 +53,8 @@ class Shape(NamedTuple):
     start: float
     pace: float
     mask: float
+    holds: bool = False
+    registers: int = 0
 
 
 SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
@@ -121,6 +126,23 @@ SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
 }
 
 
+HELD: dict[str, Shape] = {
+    "forward": Shape(64, 64, 4, 2, 0.31, 0.440, 2.2, holds=True),
+    "queries": Shape(64, 64, 4, 2, 1.10, 0.335, 1.9, holds=True),
+    "keys": Shape(64, 64, 4, 2, 0.78, 0.445, 1.9, holds=True),
+}
+"""Of passes with a position bias and heads of up to 32 in 16 bits, whose blocks may hold it. Solved for from times of
+DiNAT's first two layers."""
+
+MOST_HELD = 4
+"""Boxes of which a block can hold the bias: so many registers there are."""
+
+MOST_CHUNK = 64
+"""Batch rows of a block, at most: what it takes once is little by then."""
+
+RESIDENT = 2
+"""Blocks that hold a bias and run on one multiprocessor at a time: its registers are enough for no more."""
+
 HOPPER_SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
     # Where products read float32 from registers, as they do elsewhere, these have too few.
     ("forward", 4, 64): (Shape(64, 64, 4, 2, 0.5, 2.978, 0.592),),
@@ -131,11 +153,22 @@ def shapes(kernel: str, problem: Problem, hardware: Hardware) -> tuple[Shape, ..
     """The shapes of a pass of `problem` that fit into shared memory, or the smallest."""
     kind = kernel, problem.itemsize, max(padded(problem.head_dim), padded(problem.head_dim_v), 64)
     known = SHAPES[kind]
+    if can_hold(kernel, problem, hardware):
+        known = (HELD[kernel], *known)
     if hardware.arch == (9, 0):
         known = (*HOPPER_SHAPES.get(kind, ()), *known)
         known = tuple(shape for shape in known if not is_miscompiled(kernel, problem, shape))
     room = room_of(hardware)
     return tuple(shape for shape in known if smem_bytes(kernel, problem, shape) <= room) or known[-1:]
+
+
+def can_hold(kernel: str, problem: Problem, hardware: Hardware) -> bool:
+    """Whether blocks of a pass can hold the bias of boxes, if there are few."""
+    is_narrow = problem.itemsize == 2 and max(padded(problem.head_dim), padded(problem.head_dim_v)) <= 32
+    is_plain = problem.position_bias and not problem.additional
+    # Products of sm_100 to sm_110 end in a memory of their own: registers spill when a bias is held beside it.
+    has_registers = hardware.arch[0] not in (10, 11)
+    return is_plain and is_narrow and has_registers and (kernel != "keys" or problem.heads == problem.heads_kv)
 
 
 def is_miscompiled(kernel: str, problem: Problem, shape: Shape) -> bool:
@@ -151,13 +184,16 @@ def smem_bytes(kernel: str, problem: Problem, shape: Shape) -> int:
     """Shared memory that a kernel takes, at most: its own tokens, boxes in flight, and weights on their way.
 
     Full float32 on tensor cores splits a tile's own tokens in two. A box that is not in flight lies there twice if two
-    products want it. The position bias of a box is in flight like its keys, 32 bits for each score.
+    products want it. The position bias of a box changes places there, 32 bits for each score, or is in flight like its
+    keys.
     """
     token = (padded(problem.head_dim) + padded(problem.head_dim_v)) * problem.itemsize
     own = padded(problem.head_dim) * problem.itemsize if kernel == "forward" else token
+    if shape.holds:
+        return shape.stages * (shape.rows * 2 * own + MOST_HELD * shape.columns * (token + 4 * FACTS)) + 2048
     weights = 2 * shape.rows * shape.columns * problem.itemsize if kernel == "keys" else 0
     parts = 2 if problem.itemsize == 4 else 1
-    bias = 4 * (shape.stages - 1) * shape.rows * shape.columns if problem.position_bias else 0
+    bias = 4 * max(shape.stages - 1, 1) * shape.rows * shape.columns if problem.position_bias else 0
     twice = max(padded(problem.head_dim), padded(problem.head_dim_v)) * problem.itemsize
     again = (2048 if kernel == "forward" else shape.columns * twice) if shape.stages == 1 else 0
     return parts * shape.rows * own + shape.stages * shape.columns * token + again + weights + bias + 2048
@@ -185,6 +221,8 @@ class Cut(NamedTuple):
     shape: Shape
     time: float
     masked: bool
+    held: tuple[int, ...] = ()  # boxes along each axis whose bias a block holds, if it does
+    chunk: int = 1  # batch rows of a block
 
 
 @lru_cache(maxsize=4096)
@@ -203,23 +241,44 @@ def cuts(kernel: str, problem: Problem, hardware: Hardware, most: int = 16) -> t
 def _cuts(kernel: str, problem: Problem, hardware: Hardware) -> Iterator[Cut]:
     for shape in shapes(kernel, problem, hardware):
         for rows, columns in product(boxes(shape.rows, problem.rank), boxes(shape.columns, problem.rank)):
-            yield _cut(kernel, problem, max(hardware.units, 1), shape, rows, columns)
+            cut = _cut(kernel, problem, max(hardware.units, 1), shape, rows, columns)
+            if cut is not None:
+                yield cut
 
 
 def _cut(
     kernel: str, problem: Problem, units: int, shape: Shape, rows: tuple[int, ...], columns: tuple[int, ...]
-) -> Cut:
+) -> Cut | None:
+    """`None` if blocks should hold more than they can."""
     is_inverse = kernel == "keys"
     heads = problem.heads_kv if is_inverse else problem.heads
     repeats = problem.heads // problem.heads_kv if is_inverse else 1
     additional = 0 if is_inverse else ceil_div(problem.additional, shape.columns)
     counts = [_counts(axis, r, c, is_inverse) for axis, r, c in zip(problem.axes, rows, columns, strict=True)]
     tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
+    if shape.holds:
+        held = tuple(count[3] for count in counts)
+        return _held_cut(problem, units, Cut(rows, columns, shape, 0.0, True, held), tiles * heads)
     pace = shape.pace + shape.mask * (visited - full) / visited
     one = shape.start + (longest * repeats + additional) * pace
     everything = tiles * shape.start + (visited * repeats + tiles * additional) * pace
     time = max(max(problem.batch, 1) * heads * everything / units, one)
     return Cut(rows, columns, shape, time, visited > full)
+
+
+def _held_cut(problem: Problem, units: int, cut: Cut, tiles: int) -> Cut | None:
+    """Batch rows are divided among blocks so that the last ones to run leave few multiprocessors idle."""
+    number = prod(cut.held)
+    if number > MOST_HELD:
+        return None
+    row = cut.shape.start + number * cut.shape.pace
+
+    def time(chunk: int) -> float:
+        turns = ceil_div(tiles * ceil_div(problem.batch, chunk), units * RESIDENT)
+        return max(turns, 1) * RESIDENT * (cut.shape.mask + chunk * row)
+
+    chunk = min(range(1, min(max(problem.batch, 1), MOST_CHUNK) + 1), key=time)
+    return cut._replace(time=time(chunk), chunk=chunk)
 
 
 def room_of(hardware: Hardware) -> int:
@@ -253,7 +312,9 @@ def cut_as(kernel: str, problem: Problem, hardware: Hardware, choice: tuned.Choi
         is_one = (way.rows, way.columns, way.warps) == (prod(choice.rows), prod(choice.columns), shape.warps)
         has_stages = way.stages == shape.stages or 2 <= way.stages <= MOST_STAGES
         if is_one and has_stages and smem_bytes(kernel, problem, way) <= room:
-            return _cut(kernel, problem, max(hardware.units, 1), way, choice.rows, choice.columns)
+            cut = _cut(kernel, problem, max(hardware.units, 1), way, choice.rows, choice.columns)
+            if cut is not None:
+                return cut
     return None
 
 
@@ -316,14 +377,16 @@ def _forward_cut(problem: Problem, tiling: Tiling, hardware: Hardware, epoch: in
     if (best.rows, best.columns) == (tiling.q_tile, tiling.kv_tile):
         return best
     volume = prod(tiling.q_tile), prod(tiling.kv_tile)
-    shape = next(shape for shape in known if (shape.rows, shape.columns) == volume)
-    return _cut("forward", problem, max(hardware.units, 1), shape, tiling.q_tile, tiling.kv_tile)
+    fitting = [shape for shape in known if (shape.rows, shape.columns) == volume]
+    units = max(hardware.units, 1)
+    found = (_cut("forward", problem, units, shape, tiling.q_tile, tiling.kv_tile) for shape in fitting)
+    return next(cut for cut in found if cut is not None)
 
 
 def variant_of(kernel: str, problem: Problem, cut: Cut, precision: str, is_wide: bool) -> Variant:
     """What is compiled for a pass of `problem` that is cut that way."""
     return Variant(
-        kernel,
+        f"{kernel}_held" if cut.held and kernel in HELD else kernel,
         problem.dtype,
         problem.head_dim,
         problem.head_dim_v,
@@ -333,9 +396,11 @@ def variant_of(kernel: str, problem: Problem, cut: Cut, precision: str, is_wide:
         masked=cut.masked,
         has_additional=problem.additional > 0 and kernel in ("forward", "queries"),
         has_bias=problem.position_bias,
-        is_signed=kernel == "forward" and problem.scale <= 0,
+        is_signed=problem.scale <= 0 and (kernel == "forward" or problem.position_bias),
         precision=precision,
         is_wide=is_wide,
         warps=cut.shape.warps,
         stages=cut.shape.stages,
+        registers=cut.shape.registers,
+        held=three(cut.held) if cut.held and kernel in HELD else (0, 0, 0),
     )

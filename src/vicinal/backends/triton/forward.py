@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from vicinal.backends.triton.tile import (
+    LN2,
     additional_at,
-    biased,
+    bias_in,
     boxes_of,
     columns_exist,
     exist,
@@ -28,8 +29,6 @@ from vicinal.backends.triton.tile import (
 
 FLOOR = tl.constexpr(-1e20)
 """Lower bound of the running maximum, so that a row whose keys are all hidden so far stays finite."""
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -94,15 +93,17 @@ def forward(
     for _ in tl.range(0, boxes_of(tile, V)):
         near = columns_exist(t, h, w, tile, V)
         k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
-        scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
         if V.has_bias:
-            keep = mask_of(windows, t, h, w, V)
-            scores = biased(scores, scale, table, entries, keep, t, h, w, axes, V)
-        elif V.masked:
+            # What the product begins with has the product's layout, in which a row's maximum is found by few threads.
+            added = bias_in(table, entries, mask_of(windows, t, h, w, V), t, h, w, axes, V)
+            scores = tl.dot(q, tl.trans(k), added * (1.0 / scale), input_precision=V.precision)
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+        if V.masked and not V.has_bias:
             if not is_full(t, h, w, tile, V):
                 scores = tl.where(mask_of(windows, t, h, w, V), scores, float("-inf"))
         v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
-        acc, peak, total = attend(scores, v, acc, peak, total, 1.0 if V.has_bias else scale, V)
+        acc, peak, total = attend(scores, v, acc, peak, total, scale, V)
         t, h, w = next_box(t, h, w, tile, V)
     if V.has_additional:
         valid = valid_additional(lengths, tile.batch, additional)

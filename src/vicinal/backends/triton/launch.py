@@ -83,9 +83,9 @@ def axis_args(axes: Sequence[Axis], rows: Box) -> tuple[AxisArgs, ...]:
     )
 
 
-def blocks_of(args: Sequence[AxisArgs], problem: Problem, heads: int) -> int:
-    """Tiles of all heads and batch rows."""
-    blocks = prod(axis.tiles * axis.dilation for axis in args) * problem.batch * heads
+def blocks_of(args: Sequence[AxisArgs], problem: Problem, heads: int, chunk: int) -> int:
+    """Tiles of all heads and chunks of so many batch rows."""
+    blocks = prod(axis.tiles * axis.dilation for axis in args) * ceil_div(problem.batch, chunk) * heads
     if blocks > LARGEST_GRID:
         raise Unsupported(f"triton starts at most {LARGEST_GRID} blocks, this problem has {blocks} tiles")
     return blocks
@@ -217,10 +217,13 @@ class Operands:
         wide = is_wide(axes, (three(cut.rows), three(cut.columns)), steps, problem.itemsize)
         variant = variant_of(kernel, problem, cut, self._precision, wide)
         args = axis_args(axes, variant.rows)
-        blocks = blocks_of(args, problem, problem.heads_kv if variant.are_keys else problem.heads)
+        heads = problem.heads_kv if variant.are_keys else problem.heads
+        blocks = blocks_of(args, problem, heads, cut.chunk)
         shared = {
             "axes": args,
             "steps": steps,
+            "batches": problem.batch,
+            "chunk": cut.chunk,
             "heads": problem.heads,
             "group": problem.heads // problem.heads_kv,
             "additional": problem.additional,

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 class Span(NamedTuple):
     """A tile of rows along one axis, and the boxes of columns that it visits; positions count members of its group.
@@ -255,8 +258,8 @@ def row_entries(tile, axes, V: tl.constexpr):
 
 
 @triton.jit
-def biased(scores, scale, table, entries, keep, t, h, w, axes, V: tl.constexpr):
-    """Scaled scores of a box, `(t, h, w)` after the origins, with their bias; -inf where a row sees no column."""
+def bias_in(table, entries, keep, t, h, w, axes, V: tl.constexpr):
+    """The position bias of a box, `(t, h, w)` after the origins, times log2(e); -inf where a row sees no column."""
     COLUMNS: tl.constexpr = V.columns
     t_place, h_place, w_place = places(COLUMNS)
     columns = entry_of(t + t_place, h + h_place, w + w_place, axes)
@@ -264,7 +267,7 @@ def biased(scores, scale, table, entries, keep, t, h, w, axes, V: tl.constexpr):
         entry = entries[:, None] - columns[None, :]
     else:
         entry = columns[None, :] - entries[:, None]
-    return scores * scale + tl.load(table + entry, mask=keep, other=float("-inf"))
+    return tl.load(table + entry, mask=keep, other=float("-inf"))
 
 
 @triton.jit

@@ -71,7 +71,7 @@ class Variant:
     Args:
         kernel: `"forward"`, `"queries"` (their gradient), `"keys"` (that of keys and values),
             `"additional"` (that of additional keys and values), `"bias"` (that of the position bias) or
-            `"diagonals"` (its second half).
+            `"diagonals"` (its second half); the first three with `"_held"` are those of `held`.
         dtype: of the tensors.
         head_dim, head_dim_v: elements of a query or key, and of a value.
         rank: axes of the grid; those before them hold one token.
@@ -79,9 +79,11 @@ class Variant:
         masked: whether some tile needs a mask.
         has_additional: whether there are additional keys.
         has_bias: whether there is a position bias.
-        is_signed: whether the scale may be zero or negative, which only the forward pass must know.
+        is_signed: whether the scale is zero or negative, which the forward pass must know, and where bias is added.
         precision: how float32 is multiplied, in Triton's words.
         is_wide: whether offsets inside a box need 64 bits.
+        held: boxes of a tile along each axis, all of whose bias a block holds.
+        registers: of a thread at most, on NVIDIA's; 0 leaves them to the assembler.
         warps, stages: warps of a block, and boxes in flight.
     """
 
@@ -100,6 +102,8 @@ class Variant:
     is_wide: bool = False
     warps: int = 4
     stages: int = 2
+    held: Box = (0, 0, 0)
+    registers: int = 0
 
     @property
     def row_count(self) -> int:
@@ -110,9 +114,14 @@ class Variant:
         return prod(self.columns)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether a block holds what it adds to scores in 16 bits: in the forward pass registers are enough for 32."""
+        return prod(self.held) > 2 and self.kernel != "forward_held"
+
+    @property
     def are_keys(self) -> bool:
         """Whether rows are keys."""
-        return self.kernel == "keys"
+        return self.kernel.startswith("keys")
 
     @property
     def unit(self) -> int:
