@@ -4,7 +4,8 @@
 
 Each is right beyond doubt, and says so when it ends. `hand_over` only starts its warps, which is done by a table in
 shared memory; in `through_a_barrier` they wait for each other besides; in `of_copies` a warp copies numbers that others
-wait for and read, as the sums do in the backward kernels. See docs/decisions/008.
+wait for and read, and in `of_copies_again` it does so twice, to the same place, once they have said that they are done,
+as with the sums in the backward kernels. See docs/decisions/008.
 """
 
 from __future__ import annotations
@@ -56,6 +57,28 @@ def add(out, barrier, numbers, number: gl.constexpr):
 
 
 @gluon.jit
+def copy_twice(out, barrier, numbers, number: gl.constexpr):
+    """As `copy`; the second time when all have read. `barrier` is two: numbers are there, and they may go."""
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for turn in range(2):
+        mbarrier.wait(barrier.index(1), (turn & 1) ^ 1)
+        async_copy.async_copy_global_to_shared(numbers, out + SOURCE + gl.arange(0, 32, layout=lanes))
+        async_copy.mbarrier_arrive(barrier.index(0), increment_count=False)
+
+
+@gluon.jit
+def add_twice(out, barrier, numbers, number: gl.constexpr):
+    """As `add`, of both times."""
+    lanes: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    total = 0
+    for turn in range(2):
+        mbarrier.wait(barrier.index(0), turn & 1)
+        total += gl.sum(numbers.load(lanes), 0)
+        mbarrier.arrive(barrier.index(1), count=1)
+    gl.store(out + gl.program_id(0) * 3 + number, total - 992 + number + 1)
+
+
+@gluon.jit
 def hand_over(out):
     gl.warp_specialize([(note, (out, 0, 0, 0)), (note, (out, 0, 0, 1)), (note, (out, 0, 0, 2))], [4, 1], [24, 24])
 
@@ -82,7 +105,21 @@ def of_copies(out):
     )  # fmt: skip
 
 
-KERNELS = {"hand_over": hand_over, "through_a_barrier": through_a_barrier, "of_copies": of_copies}
+@gluon.jit
+def of_copies_again(out):
+    barrier = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier.index(0), count=32)
+    mbarrier.init(barrier.index(1), count=2)  # each partition that reads
+    fence_async_shared()
+    numbers = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    gl.warp_specialize(
+        [(add_twice, (out, barrier, numbers, 0)), (add_twice, (out, barrier, numbers, 1)),
+         (copy_twice, (out, barrier, numbers, 2))],
+        [4, 1], [24, 24],
+    )  # fmt: skip
+
+
+KERNELS = {kernel.__name__: kernel for kernel in (hand_over, through_a_barrier, of_copies, of_copies_again)}
 
 
 def compiled(name: str) -> Any:
@@ -108,4 +145,4 @@ def run(name: str) -> list[int]:
 
 if __name__ == "__main__":
     given = sys.argv[1] if len(sys.argv) > 1 else "hand_over"
-    assert run(given) == [1, 2, 0 if given == "of_copies" else 3]
+    assert run(given) == [1, 2, 0 if given.startswith("of_copies") else 3]
