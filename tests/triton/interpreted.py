@@ -21,7 +21,8 @@ from vicinal.backends import present
 from vicinal.backends import triton as portable
 from vicinal.backends.triton import bias
 from vicinal.backends.triton import compile as compiling
-from vicinal.backends.triton.cost import MOST_HELD, choice_of, cut_as, cuts
+from vicinal.backends.triton.cost import choice_of, cut_as, cuts
+from vicinal.backends.triton.rates import MOST_HELD
 from vicinal.backends.triton.tile import (
     boxes_of,
     is_full,

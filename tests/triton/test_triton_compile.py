@@ -16,7 +16,6 @@ import pytest
 
 from vicinal.backends.triton.bias import bias_cut
 from vicinal.backends.triton.cost import (
-    MOST_HELD,
     MOST_STAGES,
     Cut,
     best_cut,
@@ -27,6 +26,7 @@ from vicinal.backends.triton.cost import (
     smem_bytes,
     variant_of,
 )
+from vicinal.backends.triton.rates import MOST_HELD
 from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 

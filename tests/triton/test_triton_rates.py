@@ -9,7 +9,8 @@ from statistics import median
 
 import pytest
 
-from vicinal.backends.triton.cost import HOPPER_SHAPES, SHAPES, Cut, cut_as
+from vicinal.backends.triton.cost import Cut, cut_as
+from vicinal.backends.triton.rates import HOPPER_SHAPES, SHAPES
 from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 from vicinal.tuned import Choice, fingerprint

@@ -13,8 +13,9 @@ from math import prod
 from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.triton.cost import Cut, Shape, boxes, room_of
+from vicinal.backends.triton.cost import Cut, boxes, room_of
 from vicinal.backends.triton.launch import axis_args
+from vicinal.backends.triton.rates import Shape
 from vicinal.backends.triton.variant import SlotArgs, padded, three, three_axes
 from vicinal.hardware import Hardware
 from vicinal.plan import AxisPlan
