@@ -34,12 +34,19 @@ HIDING = 2.4
 """The `p` above: 1 if computing and memory traffic added up, infinite if the longer one hid the other."""
 
 READ_AGAIN = 0.4
-"""Share of the shared keys and values that memory is asked for twice, if a tile walks one layer of boxes along the
-first axis; in layers it falls with their square.
+"""Share of the keys and values that memory is asked for twice, if neighbors share them and a box is as deep along the
+first axis as all that a tile sees.
 
 Blocks sweep that axis and so do boxes, so that a tile needs what it shares with the tile before it first, and what it
 shares with the one after it last, at the same time as that one. Unless one box holds all of it. The profiler saw it:
 LTX stage 4 reads 9.0 GB by boxes of 4x2x8, one layer, and 8.0 GB by boxes of 2x4x8, two layers of the same keys.
+"""
+
+L2_BYTES = 50 * 10**6
+"""What the cache holds. If a tile sees more keys and values than that, each wave of blocks reads them once as long as
+blocks keep in step, and more often if boxes are deeper than one token along the first axis: of dense attention on
+30x48x80 the profiler saw 14 GB by boxes of 1x16x8, where waves alone say 10, and 55 and 114 GB by boxes two deep. That
+costs power, and so clock, rather than time. Here it only breaks ties.
 """
 
 
@@ -65,7 +72,7 @@ RATES: dict[tuple[int, int, int], Rate] = {
     (32, 1, 64): Rate(0.60, 0.248, 0.024, 0.10),
     (32, 1, 128): Rate(2.3, 0.30, 0.048, 0.20),
     (32, 3, 128): Rate(2.4, 0.39, 0.055, 0.20),
-    (64, 1, 64): Rate(0.45, 0.287, 0.030, 0.10),
+    (64, 1, 64): Rate(0.38, 0.282, 0.030, 0.10),
     (64, 1, 128): Rate(3.8, 0.60, 0.043, 0.20),
     (64, 3, 128): Rate(2.4, 0.505, 0.055, 0.20),
     (128, 1, 64): Rate(0.40, 0.50, 0.043, 0.30),
@@ -93,15 +100,16 @@ def predicted_ms(plan: Plan) -> float:
         36
     """
     first = plan.axes[0]
-    again = _read_again(plan.problem.axes[0], plan.tiling.kv_tile[0], first.visited, first.most_visited)
     return _milliseconds(
-        plan.problem, variant_of(plan), plan.q_tiles, plan.visited, plan.masked, plan.most_visited, again
-    )
+        plan.problem, variant_of(plan), plan.q_tiles, plan.visited, plan.masked, plan.most_visited,
+        first.visited, first.most_visited,
+    )  # fmt: skip
 
 
 def _milliseconds(
-    problem: Problem, variant: Variant, q_tiles: int, visited: int, masked: int, most_visited: int, read_again: float
-) -> float:
+    problem: Problem, variant: Variant, q_tiles: int, visited: int, masked: int, most_visited: int,
+    visited_first: int, layers: int,
+) -> float:  # fmt: skip
     rate = RATES[variant.head_dim, variant.consumers, variant.keys]
     start = rate.start / heads_per_block(problem, variant, q_tiles, visited)
     pace = variant.consumers * (rate.pace + _mask_pace(rate, variant, masked / visited))
@@ -110,8 +118,24 @@ def _milliseconds(
     all_blocks = q_tiles * start + (visited + q_tiles * additional) * pace
     busy = max(problem.batch * problem.heads * all_blocks / MULTIPROCESSORS, one_block) / 1e3
     row = problem.batch * problem.tokens * problem.head_dim * problem.itemsize
-    memory = 2 * row * (problem.heads + problem.heads_kv * (1 + read_again)) / BYTES_PER_S * 1e3
+    reads = _reads(problem, variant, q_tiles, most_visited, visited_first, layers)
+    memory = 2 * row * (problem.heads + problem.heads_kv * reads) / BYTES_PER_S * 1e3
     return LAUNCH + (busy**HIDING + memory**HIDING) ** (1 / HIDING)
+
+
+def _reads(
+    problem: Problem, variant: Variant, q_tiles: int, most_visited: int, visited_first: int, layers: int
+) -> float:
+    """How often memory is asked for keys and values, see `READ_AGAIN` and `L2_BYTES`.
+
+    Along the first axis tiles visit `visited_first` boxes in all, and one of them at most `layers`.
+    """
+    depth = variant.kv_box[-variant.rank]
+    seen = 2 * most_visited * prod(variant.kv_box) * problem.head_dim * problem.itemsize
+    if seen > L2_BYTES:
+        return max(q_tiles / MULTIPROCESSORS, 1) * (min(depth, 2) if variant.rank > 1 else 1)
+    shared = visited_first * depth / problem.axes[0].length - 1
+    return 1 + READ_AGAIN * min(max(shared, 0), 1) * (layers == 1)
 
 
 def _mask_pace(rate: Rate, variant: Variant, masked: float) -> float:
@@ -123,12 +147,6 @@ def _mask_pace(rate: Rate, variant: Variant, masked: float) -> float:
     if width > 32:
         return rate.select * masked
     return rate.coded + REDUCED_CODE * is_reduced + WIDE_CODE * (width > 16)
-
-
-def _read_again(axis: Axis, box: int, visited: int, layers: int) -> float:
-    """Share of the keys and values that are read again, by the boxes of the first axis, see `READ_AGAIN`."""
-    shared = min(visited * box / axis.length - 1, 1)
-    return READ_AGAIN * max(shared, 0) / layers**2
 
 
 def candidates(problem: Problem) -> Iterator[Tiling]:
@@ -176,9 +194,9 @@ def _predict(problem: Problem, tiling: Tiling) -> float:
     # `predicted_ms(make_plan(problem, tiling))`, sharing the counts of an axis between tilings.
     counts = [_counts(*cut) for cut in zip(problem.axes, tiling.q_tile, tiling.kv_tile, strict=True)]
     q_tiles, visited, full, most_visited = (prod(column) for column in zip(*counts, strict=True))
-    again = _read_again(problem.axes[0], tiling.kv_tile[0], counts[0][1], counts[0][3])
     variant = variant_for(problem, tiling.q_tile, tiling.kv_tile, "coded")  # whatever the mask, it costs no registers
-    return _milliseconds(problem, variant, q_tiles, visited, visited - full, most_visited, again)
+    _, visited_first, _, layers = counts[0]
+    return _milliseconds(problem, variant, q_tiles, visited, visited - full, most_visited, visited_first, layers)
 
 
 @lru_cache(maxsize=1024)
