@@ -35,21 +35,8 @@ KERNELS = {
 ELEMENT = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 
 KINDS: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            "lse",
-            "grad_lse",
-            "facts",
-            "sums",
-            "delta",
-            "bias",
-            "grad_bias",
-            "partial_key",
-            "partial_value",
-            "partial_bias",
-        ),
-        "*fp32",
-    ),
+    **dict.fromkeys(("lse", "grad_lse", "facts", "sums", "delta", "bias", "grad_bias"), "*fp32"),
+    **dict.fromkeys(("partial_key", "partial_value", "partial_bias"), "*fp32"),
     "lengths": "*i32",
     "axes": (AxisArgs(*["i32"] * 6),) * 3,
     "slots": (SlotArgs("i32", "i32"),) * 3,
