@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl
 
 from vicinal._calls import outside_autocast, settled
 from vicinal._eager import is_plain
@@ -19,6 +18,11 @@ from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
 from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
+
+try:  # PyTorch's own affair, which may go one day
+    from torch._library.autograd import Info, make_autograd_impl
+except ImportError:
+    Info = make_autograd_impl = None
 
 
 def encode(tiling: Tiling | None) -> list[int]:
@@ -188,7 +192,8 @@ def _operator(
     """What `torch.library.custom_op` makes of `compute`, but for what that does in each call.
 
     It redispatches calls that need no derivative, looks for aliases, and guards functions against being traced that
-    never are: as much host time as all else that a compiled call does.
+    never are: as much host time as all else that a compiled call does. Where PyTorch's `make_autograd_impl` has gone,
+    calls that need no derivative are redispatched.
     """
     name = compute.__name__.removeprefix("_")
     schema = torch.library.infer_schema(compute, mutates_args=())
@@ -196,6 +201,9 @@ def _operator(
     _library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vicinal::{name}", fake, lib=_library)
     operator = getattr(torch.ops.vicinal, name).default
+    if Info is None or make_autograd_impl is None:
+        torch.library.register_autograd(f"vicinal::{name}", derivative, setup_context=save, lib=_library)
+        return operator
     derived = make_autograd_impl(operator, Info(derivative, save))
 
     def dispatched(keys: Any, *args: Any) -> Any:
