@@ -4,8 +4,8 @@
 
 Each is right beyond doubt, and says so when it ends. `hand_over` only starts its warps, which is done by a table in
 shared memory; in `through_a_barrier` they wait for each other besides; in `of_copies` a warp copies numbers that others
-wait for and read, and in `of_copies_again` it does so twice, to the same place, once they have said that they are done,
-as with the sums in the backward kernels. See docs/decisions/008.
+wait for and read, and in `of_copies_again` it does so in a loop, to the same place, once they have said that they are
+done, as with the sums in the backward kernels. See docs/decisions/008.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 BLOCKS = 132
 SOURCE = gl.constexpr(BLOCKS * 3)
 """Where the numbers lie that are copied."""
+TURNS = gl.constexpr(4)
+"""How often they are copied again: the fifth of them, which is 4."""
 
 
 @gluon.jit
@@ -57,25 +59,25 @@ def add(out, barrier, numbers, number: gl.constexpr):
 
 
 @gluon.jit
-def copy_twice(out, barrier, numbers, number: gl.constexpr):
-    """As `copy`; the second time when all have read. `barrier` is two: numbers are there, and they may go."""
+def copy_again(out, barrier, numbers, turns, number: gl.constexpr):
+    """As `copy`, again when all have read. `barrier` is two: numbers are there, and they may go."""
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    for turn in range(2):
+    for turn in range(turns):
         mbarrier.wait(barrier.index(1), (turn & 1) ^ 1)
         async_copy.async_copy_global_to_shared(numbers, out + SOURCE + gl.arange(0, 32, layout=lanes))
         async_copy.mbarrier_arrive(barrier.index(0), increment_count=False)
 
 
 @gluon.jit
-def add_twice(out, barrier, numbers, number: gl.constexpr):
-    """As `add`, of both times."""
+def add_again(out, barrier, numbers, turns, number: gl.constexpr):
+    """As `add`, of all times."""
     lanes: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     total = 0
-    for turn in range(2):
+    for turn in range(turns):
         mbarrier.wait(barrier.index(0), turn & 1)
         total += gl.sum(numbers.load(lanes), 0)
         mbarrier.arrive(barrier.index(1), count=1)
-    gl.store(out + gl.program_id(0) * 3 + number, total - 992 + number + 1)
+    gl.store(out + gl.program_id(0) * 3 + number, total - 496 * turns + number + 1)
 
 
 @gluon.jit
@@ -112,9 +114,10 @@ def of_copies_again(out):
     mbarrier.init(barrier.index(1), count=2)  # each partition that reads
     fence_async_shared()
     numbers = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    turns = gl.load(out + SOURCE + TURNS)  # not known before: such a loop stays one
     gl.warp_specialize(
-        [(add_twice, (out, barrier, numbers, 0)), (add_twice, (out, barrier, numbers, 1)),
-         (copy_twice, (out, barrier, numbers, 2))],
+        [(add_again, (out, barrier, numbers, turns, 0)), (add_again, (out, barrier, numbers, turns, 1)),
+         (copy_again, (out, barrier, numbers, turns, 2))],
         [4, 1], [24, 24],
     )  # fmt: skip
 
