@@ -66,7 +66,7 @@ def test_predicted_times_of_all_tilings_are_those_measured() -> None:
 
 
 UNSTEADY = {"dense 30x48x80", "LTX stage 5"}
-"""One tiling of these took times up to 10% apart within a session: long kernels at the card's power limit."""
+"""One tiling of these took times up to 10% apart within a run: long kernels at the card's power limit."""
 
 
 def test_the_first_tiling_is_about_the_fastest() -> None:
