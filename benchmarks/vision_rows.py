@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vicinal._benchmark_chart import MARKERS, SERIES
-from vicinal._figure import legend, save, title
+from vicinal._figure import lanes, legend, save, title
 
 MODES = {"eager": "eager", "graph": "CUDA graph", "compiled": "compiled", "compiled-graph": "compiled, CUDA graph"}
 NAMES = {
@@ -44,11 +44,8 @@ def main(table: str, figure: str) -> None:
                     float(row["images_per_s"]), place, marker, color=color, markersize=7, markeredgecolor="white"
                 )
             size, pixels, what = case.split()
-            panel.set(title=f"{what}, {size}, {pixels} pixels", xlim=(0, None), ylim=(len(names) - 0.5, -0.5))
-            panel.set_yticks(range(len(names)), [NAMES[name] for name in names])
-            panel.grid(axis="x", color="#DDDDDD", linewidth=0.8)
-            panel.hlines(range(len(names)), 0, 1, transform=panel.get_yaxis_transform(), color="#EEEEEE", zorder=0)
-            panel.set_xlabel("images/s")
+            panel.set(title=f"{what}, {size}, {pixels} pixels", xlim=(0, None), xlabel="images/s")
+            lanes(panel, [NAMES[name] for name in names])
         title(canvas, ", ".join(devices))
         used = {row["mode"] for row in rows}
         legend(canvas, {MODES[mode]: look for mode, look in looks.items() if mode in used})

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vicinal._figure import legend, title
+from vicinal._figure import lanes, legend, title
 from vicinal.errors import InvalidProblem
 
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -87,12 +87,7 @@ def draw_times(figure: Any, rows: list[dict[str, str]]) -> None:
         panel.xaxis.set_minor_formatter("")
         panel.set_title(name)
         panel.set_xlabel("milliseconds")
-        panel.set_yticks(range(len(cases)), cases)
-        panel.set_ylim(len(cases) - 0.5, -0.5)
-        panel.grid(axis="x", which="major", color="#DDDDDD", linewidth=0.8)
-        panel.hlines(range(len(cases)), 0, 1, transform=panel.get_yaxis_transform(), color="#EEEEEE", zorder=0)
-        panel.tick_params(axis="y", length=0)
-        panel.spines["left"].set_visible(False)
+        lanes(panel, cases)
     title(
         figure, ", ".join(devices) if any(devices) else "benchmark", *(f"no time: {'; '.join(lost)}" for _ in lost[:1])
     )

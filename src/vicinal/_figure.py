@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ def legend(figure: Any, entries: Mapping[str, Any]) -> None:
                 Line2D([], [], color=look[0], marker=look[1], linestyle="", markersize=8, markeredgewidth=1.6)
             )
     figure.legend(handles, list(entries), loc="outside lower center", ncols=min(len(entries), 6))
+
+
+def lanes(panel: Any, names: Sequence[str]) -> None:
+    """One row for each name, the first on top, with a faint line for its marks to lie about."""
+    panel.set_yticks(range(len(names)), names)
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.grid(axis="x", which="major", color="#DDDDDD", linewidth=0.8)
+    panel.hlines(range(len(names)), 0, 1, transform=panel.get_yaxis_transform(), color="#EEEEEE", zorder=0)
+    panel.tick_params(axis="y", length=0)
+    panel.spines["left"].set_visible(False)
 
 
 def save(path: str | Path, draw: Callable[[Any], None]) -> Path:

@@ -17,13 +17,12 @@ from math import prod
 from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.hopper.launch import heads_per_block
+from vicinal.backends.hopper.launch import MULTIPROCESSORS, heads_per_block
 from vicinal.backends.hopper.variant import Variant, code_width, is_odd_box, variant_for, variant_of
 from vicinal.plan import AxisPlan, Plan
 from vicinal.problem import Axis, Problem
 from vicinal.tiling import Tiling
 
-MULTIPROCESSORS = 132
 BYTES_PER_S = 3.0e12
 """Of a large copy on an H100 80GB."""
 

@@ -9,7 +9,8 @@ from math import prod
 from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.hopper.cost import MULTIPROCESSORS, Rate, boxes
+from vicinal.backends.hopper.cost import Rate, boxes
+from vicinal.backends.hopper.launch import MULTIPROCESSORS
 from vicinal.backends.hopper.variant import Variant, code_width, mask_for, variant_for
 from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
