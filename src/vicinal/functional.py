@@ -157,7 +157,7 @@ def attention_with_lse(
     floats = *inputs[:5], inputs.position_bias
     if not torch.compiler.is_compiling():
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
-        inputs.problem({**settings, "scale": scale})
+        ops.problem_of(inputs, {**settings, "scale": scale})
         _refuse_tangents(*floats)
         flops.ensure_registered()
     rank = query.ndim - 3

@@ -16,6 +16,7 @@ from vicinal._calls import outside_autocast, settled
 from vicinal._eager import is_plain
 from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
 from vicinal.plan import Plan
+from vicinal.problem import Problem
 from vicinal.tiling import Tiling
 
 try:  # PyTorch's own affair, which may go one day
@@ -53,6 +54,42 @@ def solve(
     windows = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
     settings = {**{name: list(value) for name, value in windows.items()}, "scale": scale}
     return settled(inputs, settings, backend or None, decode(tiling), needs_grad)
+
+
+_MOST = 4096
+_problems: dict[tuple[Any, ...], Problem] = {}
+
+
+def problem_of(inputs: Inputs, settings: dict[str, Any]) -> Problem:
+    """`Problem.of`, which looks at tensors of the same kinds once.
+
+    Args:
+        inputs: tensors, or whatever else was passed for them.
+        settings: arguments of `Problem.of`, by name.
+
+    Raises:
+        InvalidProblem: as `Problem.of`.
+    """
+    # Text, since 7, 7.0 and True are different settings that are equal as keys.
+    kind: list[Any] = [repr(settings)]
+    for tensor in inputs:
+        if type(tensor) in (Tensor, torch.nn.Parameter):
+            assert tensor is not None
+            kind += [tensor.shape, tensor.dtype, tensor.device, tensor.layout]
+        elif tensor is None:
+            kind.append(None)
+        else:  # who knows what that is
+            return inputs.problem(settings)
+    try:
+        known = _problems.get(key := tuple(kind))
+    except TypeError:  # symbolic sizes
+        return inputs.problem(settings)
+    if known is None:
+        known = inputs.problem(settings)
+        if len(_problems) >= _MOST:
+            _problems.clear()
+        _problems[key] = known
+    return known
 
 
 def _attention(
