@@ -11,7 +11,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import vicinal
-from vicinal import ops
+from vicinal import _calls, ops, tuning
+from vicinal.backends.base import Gradients, Output
 
 
 def tensors(*shape, dtype=torch.float32, grad=True, heads=4, heads_kv=2, head_dim=8, head_dim_v=6):
@@ -194,6 +195,42 @@ def test_a_step_of_training_looks_at_tensors_of_a_kind_once(monkeypatch):
             vicinal.neighborhood_attention(q, k, v, 3, position_bias=table).sum().backward()
         # Once as the caller names the window, once as the operator does.
         assert len(calls) == count
+
+
+def test_the_operator_settles_a_call_once_and_goes_straight_to_the_backend(monkeypatch):
+    """As compiled code calls it. Counted, since times on a busy machine say nothing."""
+    settled, calls = [], []
+
+    class Idle:
+        """Computes nothing, so that what is counted is the way to it and back."""
+
+        def forward(self, plan, inputs):
+            return Output(inputs.query.clone(), inputs.query.sum(-1))
+
+        def backward(self, plan, inputs, output, grad_out, grad_lse):
+            return Gradients(*(t.clone() for t in inputs[:3]), position_bias=inputs.position_bias.clone())
+
+    monkeypatch.setattr(tuning, "settle", lambda *args, **more: settled.append(1) or (Idle(), None))
+    monkeypatch.setattr(_calls, "_known", {})
+    arguments = [*tensors(2, 5, 19, grad=False), None, None, None, torch.zeros(4, 5, 5)]
+    arguments += [[3, 3], [1, 1], [1, 1], [False, False], 0.3, "", [], True]
+
+    def on_call(frame, event, _):
+        if event == "call":
+            calls.append(f"{frame.f_code.co_filename}:{frame.f_code.co_name}")
+
+    for _ in range(2):
+        calls.clear()
+        sys.setprofile(on_call)
+        try:
+            with torch.no_grad():
+                out, lse = torch.ops.vicinal.attention(*arguments)
+                torch.ops.vicinal.attention_backward(out, None, out, lse, *arguments)
+        finally:
+            sys.setprofile(None)
+    assert len(settled) == 1
+    assert not [call for call in calls if "torch/_library" in call or "_dynamo" in call]
+    assert len(calls) <= 55, calls
 
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, lambda: FlopCounterMode(display=False)])

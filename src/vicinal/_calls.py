@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from vicinal import backends, tuned, tuning
 from vicinal.backends.base import Backend, Inputs
@@ -71,12 +72,12 @@ def _spelled(settings: dict[str, Any]) -> bytes | str:
         return repr(settings)
 
 
-def outside_autocast(device: str, run: Callable[..., T], *args: Any) -> T:
-    """`run(*args)` with autocast off: it lowers the calls that PyTorch code makes, a backend lowers by itself.
+def outside_autocast(there: Tensor, run: Callable[..., T], *args: Any) -> T:
+    """`run(*args)` with autocast off where a tensor lies: what a backend computes in is its own affair.
 
     Two calls where `torch.autocast(device, enabled=False)` would make thirty.
     """
-    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)):
+    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device := there.device.type)):
         return run(*args)
     torch.set_autocast_enabled(device, False)
     try:

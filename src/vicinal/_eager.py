@@ -51,10 +51,9 @@ def attention(inputs: Inputs, settings: dict[str, Any], backend: str | None, til
     """
     needs_grad = torch.is_grad_enabled() and _requires_grad(inputs)
     chosen, plan = settled(inputs, settings, backend, tiling, needs_grad)
-    device = inputs.query.device.type
     if needs_grad:
-        return outside_autocast(device, _differentiable, chosen, plan, inputs)
-    return outside_autocast(device, chosen.forward, plan, inputs)
+        return outside_autocast(inputs.query, _differentiable, chosen, plan, inputs)
+    return outside_autocast(inputs.query, chosen.forward, plan, inputs)
 
 
 def _differentiable(chosen: Backend, plan: Plan, inputs: Inputs) -> Output:
@@ -106,5 +105,5 @@ def _gradients(
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     given = plan, Inputs(*tensors), Output(out, lse), grad_out, grad_lse
-    found = outside_autocast(out.device.type, chosen.backward, *given)
+    found = outside_autocast(out, chosen.backward, *given)
     return *found[:5], None, found.position_bias

@@ -112,7 +112,7 @@ def _attention(
     """`out [B, *S, H, Dv]` and `lse [B, *S, H]`; see `vicinal.neighborhood_attention`."""
     inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
     chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
-    out, lse = outside_autocast(query.device.type, chosen.forward, plan, inputs)
+    out, lse = outside_autocast(query, chosen.forward, plan, inputs)
     return out, lse
 
 
@@ -141,7 +141,7 @@ def _attention_backward(
     inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
     chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
     given = plan, inputs, Output(out, lse), grad_out, grad_lse
-    gradients = outside_autocast(query.device.type, chosen.backward, *given)
+    gradients = outside_autocast(query, chosen.backward, *given)
     return [gradient for gradient in gradients if gradient is not None]
 
 

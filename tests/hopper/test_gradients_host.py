@@ -16,12 +16,13 @@ import pytest
 import torch
 from problems import draw
 
-from vicinal.backends import hopper
+from vicinal.backends import cuda, hopper
 from vicinal.backends.base import Inputs, Output
-from vicinal.backends.hopper import backward, launch
+from vicinal.backends.cuda import Function
+from vicinal.backends.hopper import backward
 from vicinal.backends.hopper.backward import contiguous
 from vicinal.backends.hopper.cost_backward import HEAD_DIMS, RATES, additional_variant, ranked_cuts
-from vicinal.backends.hopper.launch import Function, Layout
+from vicinal.backends.hopper.launch import LOG2_E, Layout
 from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, Sums, Variant
 from vicinal.hardware import Hardware
 from vicinal.problem import Problem
@@ -158,7 +159,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Generator[Driver, None, None]:
         fake.kinds.append((0, 6, 9, 0) if isinstance(variant, Sums) else counts[variant.kernel])
         return Function(len(fake.kinds) - 1, 128, 0, 0)
 
-    monkeypatch.setattr(launch, "_driver", lambda: fake)
+    monkeypatch.setattr(cuda, "driver", lambda: fake)
     monkeypatch.setattr(backward, "function", function)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
     backward.forget()
@@ -184,17 +185,17 @@ def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch
 
         def cuLaunchKernel(self, *_: object) -> int:
             told.append(("launch", self.context))
-            return 0 if self.context else launch.NO_CONTEXT
+            return 0 if self.context else cuda.NO_CONTEXT
 
     bare = Bare()
-    monkeypatch.setattr(launch, "_driver", lambda: bare)
-    launch._context.cache_clear()
+    monkeypatch.setattr(cuda, "driver", lambda: bare)
+    cuda.context_of.cache_clear()
     try:
-        call = launch.Call(Function(0, 128, 0, device=3), (1, 1, 1), (), 0, [])
+        call = cuda.Call(Function(0, 128, 0, device=3), (1, 1, 1), 0, [])
         for _ in range(2):
-            call.start((), (), 7)
+            call.start((), 7)
     finally:
-        launch._context.cache_clear()
+        cuda.context_of.cache_clear()
     assert told == [("launch", None), ("retain", 3), ("launch", 77), ("launch", 77)]
 
 
@@ -237,7 +238,7 @@ def test_what_the_kernels_are_told(driver: Driver) -> None:
     assert queries[2][18:38] == plain * 2 + strided * 2 + plain
     assert queries[2][46:49] == [6, 3, 70]
     assert queries[0][1:] == (6, 2)
-    base_2 = abs(scale) * launch.LOG2_E
+    base_2 = abs(scale) * LOG2_E
     assert keys[3] == pytest.approx([base_2, 0.25])  # whose queries have changed sign
     assert queries[3] == pytest.approx([base_2, -0.25])
     tiles, chunks, chunk = 1, additional[0][0], additional[2][-1]

@@ -59,7 +59,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.variant, self.grid, self.maps, self.integers, self.floats = variant, grid, maps, integers, floats
 
-    def start(self, addresses: Sequence[int], pointers: Sequence[int], stream: int) -> None:
+    def start_on(self, addresses: Sequence[int], pointers: Sequence[int], stream: int) -> None:
         if isinstance(self.variant, Sums):
             return
         at = dict(zip(dict.fromkeys(self.maps), addresses, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import sys
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from vicinal import tuned
-from vicinal.backends import remembered
+from vicinal.backends import cuda, remembered
 from vicinal.backends import triton as portable
 from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.triton import gradients
 from vicinal.backends.triton.launch import LOG2_E
-from vicinal.backends.triton.variant import FACTS, StepArgs, Variant
+from vicinal.backends.triton.variant import FACTS, AxisArgs, SlotArgs, StepArgs, Steps, Variant
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan, make_plan
 from vicinal.problem import Problem
@@ -41,13 +42,13 @@ class Card:
         self.launches: list[tuple[Variant, tuple[int, int, int], dict[str, Any]]] = []
         self.prepared = 0
 
-    def starter(self, variant: Variant, grid: tuple[int, int, int], device: int) -> Any:
+    def starter(self, variant: Variant, grid: tuple[int, int, int], device: int, numbers: Any) -> Any:
         self.prepared += 1
         names = compiling.KERNELS[variant.kernel].arg_names
 
-        def start(stream: int, *arguments: Any) -> None:
+        def start(addresses: Any, stream: int) -> None:
             assert stream == 0 and device == -1
-            self.launches.append((variant, grid, dict(zip(names, arguments, strict=True))))
+            self.launches.append((variant, grid, dict(zip(names, (*addresses, *numbers), strict=True))))
 
         return start
 
@@ -297,29 +298,114 @@ def test_gradients_of_the_output_may_have_no_strides(card: Card) -> None:
     assert given["grad_out"] == grad_out.data_ptr() and given["steps"].grad_out == StepArgs(0, 0, 0, 0, 0)
 
 
+class Driver:
+    """Takes launches: the function, what follows it but for the arguments, and where these lie."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[int, ...], list[int]]] = []
+
+    def cuLaunchKernel(self, *given: Any) -> int:
+        *shape, places, extra = given
+        assert extra is None
+        self.launches.append((tuple(shape), list(places)))
+        return 0
+
+
+def ptx_of(arguments: int) -> str:
+    """Of a kernel with so many, and two for scratch memory."""
+    return ".visible .entry it(" + ",".join([".param .u64 it"] * (arguments + 2)) + ") { ld.param .u64 }"
+
+
+class Kernel:
+    """As Triton's compiled ones are."""
+
+    function = 5
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.metadata = SimpleNamespace(num_warps=4, shared=99, global_scratch_size=0, num_ctas=1)
+        self.asm = {"ptx": ptx_of(2 + 18 + 6 + 3)}  # of `diagonals`
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments, stream: self.told.append((*grid, stream, *arguments))
+
+
+NUMBERS = (AxisArgs(*range(6)),) * 3, (SlotArgs(0, 1),) * 3, 1, 2, 3, None
+"""Of `diagonals`."""
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    made = Kernel()
+    monkeypatch.setattr(compiling, "loaded", lambda variant, device: made)
+    return made
+
+
+def test_the_driver_is_given_each_argument_in_its_place(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    fake = Driver()
+    monkeypatch.setattr(cuda, "driver", lambda: fake)
+    kernel.asm = {"ptx": ptx_of(8 + 18 + 6 + 50 + 6)}
+    inputs, far = inputs_of(BIASED), 2**33
+    steps = Steps(*(StepArgs(far + i, i, i + 1, i + 2, i + 3) for i in range(10)))
+    axes, slots = tuple(AxisArgs(*range(i, i + 6)) for i in range(3)), tuple(SlotArgs(-i, i) for i in range(3))
+    numbers = axes, slots, steps, 8, 9, 10, 11, 12, 0.75, None
+    start = compiling.starter(SimpleNamespace(kernel="bias"), (2, 3, 1), 0, numbers)
+    addresses = [tensor.data_ptr() for tensor in (inputs.query, inputs.key, inputs.value)] * 2 + [7, 2**63]
+    start(addresses, 7)
+    ((shape, places),) = fake.launches
+    assert shape == (5, 2, 3, 1, 128, 1, 1, 99, 7) and not kernel.told
+    wide, narrow, single = ctypes.c_uint64, ctypes.c_int32, ctypes.c_float
+    kinds = [wide] * 8 + [narrow] * 24 + [ctypes.c_int64, *[narrow] * 4] * 10 + [narrow] * 5 + [single, wide, wide]
+    found = [kind.from_address(place).value for kind, place in zip(kinds, places, strict=True)]
+    flat = [n for group in (axes, slots, steps) for each in group for n in each]
+    assert found == [*addresses, *flat, 8, 9, 10, 11, 12, 0.75, 0, 0]
+    with pytest.raises(ValueError, match="size"):
+        start(addresses[1:], 7)
+
+
+def test_arguments_are_those_of_the_compiled_kernels(card: Card) -> None:
+    """In number and size: what PTX says of them."""
+    from triton.backends.compiler import GPUTarget
+
+    both(plan_of(replace(BIASED, additional=7)), inputs_of(replace(BIASED, additional=7)))
+    assert len(card.launches) == 6
+    kinds = {ctypes.c_int32: "u32", ctypes.c_int64: "u64", ctypes.c_float: "f32"}
+    for variant, _, given in card.launches:
+        names = compiling.KERNELS[variant.kernel].arg_names
+        pointers = [name for name in names if is_pointer(name)]
+        assert names[: len(pointers)] == pointers
+        numbers = [n for name in names[len(pointers) :] for n in compiling.as_c(compiling.KINDS[name], given[name])]
+        ptx = compiling.compiled(variant, GPUTarget("cuda", 90, 32)).asm["ptx"]
+        entry = ptx[ptx.index(".entry") :]
+        lines = [line.split() for line in entry[: entry.index("{")].splitlines() if ".param" in line]
+        assert compiling.takes(compiling.compiled(variant, GPUTarget("cuda", 90, 32)), len(pointers) + len(numbers))
+        told = [next(word for word in line if word in (".u64", ".u32", ".f32", ".b32", ".b64"))[1:] for line in lines]
+        assert told == ["u64"] * len(pointers) + [kinds[type(n)] for n in numbers] + ["u64", "u64"]
+
+
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
-def test_profilers_hooks_are_told(monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
-    ran: list[tuple[str, tuple[Any, ...]]] = []
-
-    class Kernel:
-        """As Triton's compiled ones are called."""
-
-        function, packed_metadata = 5, (4, 1, 0)
-
-        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-            return lambda *arguments, stream: ran.append(("watched", (*grid, stream, *arguments)))
-
-        def run(self, *arguments: Any) -> None:
-            ran.append(("run", arguments))
-
-    monkeypatch.setattr(compiling, "loaded", lambda variant, device: Kernel())
-    start = compiling.starter(SimpleNamespace(), (2, 3, 1), 0)  # type: ignore[arg-type]
-    start(7, 11, 12)
+def test_profilers_hooks_are_told(monkeypatch: pytest.MonkeyPatch, kernel: Kernel, hook: str) -> None:
+    fake = Driver()
+    monkeypatch.setattr(cuda, "driver", lambda: fake)
+    start = compiling.starter(SimpleNamespace(kernel="diagonals"), (2, 3, 1), 0, NUMBERS)
+    start([11, 12], 7)
     hooks = getattr(triton.knobs.runtime, hook)
     nothing: Any = lambda *_: None  # noqa: E731
     hooks.add(nothing)
     try:
-        start(7, 11, 12)
+        start([11, 12], 7)
     finally:
         hooks.remove(nothing)
-    assert ran == [("run", (2, 3, 1, 7, 5, (4, 1, 0), None, None, None, 11, 12)), ("watched", (2, 3, 1, 7, 11, 12))]
+    assert len(fake.launches) == 1 and kernel.told == [(2, 3, 1, 7, 11, 12, *NUMBERS)]
+
+
+@pytest.mark.parametrize("what", ["scratch memory", "AMD", "another Triton", "blocks in clusters"])
+def test_what_is_not_for_us_is_left_to_triton(kernel: Kernel, what: str) -> None:
+    if what == "AMD":
+        kernel.asm = {"amdgcn": ""}
+    elif what == "another Triton":
+        kernel.asm = {"ptx": ptx_of(2 + 18 + 6 + 3 + 1)}
+    else:
+        setattr(kernel.metadata, "num_ctas" if "clusters" in what else "global_scratch_size", 2)
+    compiling.starter(SimpleNamespace(kernel="diagonals"), (2, 3, 1), 0, NUMBERS)([11, 12], 7)
+    assert kernel.told == [(2, 3, 1, 7, 11, 12, *NUMBERS)]

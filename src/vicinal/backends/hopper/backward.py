@@ -126,11 +126,11 @@ class Passes:
     ) -> None:  # fmt: skip
         """Start them all on `stream`. Everything else is an address."""
         query, grad_out, key, value, *more = inputs
-        self._sums.start((), pointers, stream)
-        self._keys.start((query, grad_out, key, value, *grads[1:]), sums, stream)
-        self._queries.start((query, grad_out, key, value, grads[0], *more), (*sums, lengths), stream)
+        self._sums.start_on((), pointers, stream)
+        self._keys.start_on((query, grad_out, key, value, *grads[1:]), sums, stream)
+        self._queries.start_on((query, grad_out, key, value, grads[0], *more), (*sums, lengths), stream)
         if self._additional is not None:
-            self._additional.start((query, grad_out, *more), (*partials, *sums), stream)
+            self._additional.start_on((query, grad_out, *more), (*partials, *sums), stream)
 
 
 def contiguous(layout: Layout) -> Layout:

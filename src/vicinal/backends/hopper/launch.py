@@ -1,21 +1,16 @@
-"""A thin launcher: tensor maps and arguments are laid out once, later calls only change addresses.
-
-Triton's own launcher encodes every tensor map and hashes every argument at each call, which takes
-longer than a small problem runs. Here a `Launch` holds the argument block of one kernel for one set
-of shapes and strides; calling it patches the addresses and makes one driver call. It allocates and
-synchronises nothing, so it can be captured in a CUDA graph.
-"""
+"""From shapes and strides to tensor maps and numbers, laid out once; later calls only change addresses, see `cuda`."""
 
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
 from vicinal._tuples import ceil_div
+from vicinal.backends import cuda
+from vicinal.backends.cuda import Function, check
 from vicinal.backends.hopper.variant import AxisArgs, StepArgs, Sums, Variant, three_axes
 from vicinal.backends.remembered import ALIGNMENT
 from vicinal.errors import Unsupported
@@ -36,55 +31,6 @@ DATA_TYPE = {"float16": 6, "bfloat16": 9}
 SWIZZLE = {64: 2, 128: 3}
 L2_PROMOTION_128B = 2
 MAX_DYNAMIC_SHARED, PREFERRED_CARVEOUT = 8, 9
-NO_CONTEXT = 201
-
-
-@lru_cache(maxsize=1)
-def _driver() -> Any:
-    cuda = ctypes.CDLL("libcuda.so.1")
-    pointer, word, size = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
-    cuda.cuLaunchKernel.argtypes = [pointer, *[word] * 7, pointer, pointer, pointer]
-    cuda.cuTensorMapReplaceAddress.argtypes = [pointer, pointer]
-    cuda.cuTensorMapEncodeTiled.argtypes = [pointer, size, word, *[pointer] * 5, *[size] * 4]
-    cuda.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
-    cuda.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
-    cuda.cuFuncSetAttribute.argtypes = [pointer, size, size]
-    cuda.cuGetErrorString.argtypes = [size, pointer]
-    cuda.cuDevicePrimaryCtxRetain.argtypes = [pointer, size]
-    cuda.cuCtxSetCurrent.argtypes = [pointer]
-    return cuda
-
-
-def _check(code: int) -> None:
-    if code:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver error {code}: {(text.value or b'unknown').decode()}")
-
-
-@lru_cache(maxsize=64)
-def _context(device: int) -> Any:
-    """The context that PyTorch works in on `device`, kept for as long as the process lives."""
-    context = ctypes.c_void_p()
-    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-    return context
-
-
-def enter_context(device: int) -> None:
-    """Give this thread its context. Calls of the runtime do so by themselves, those of the driver do not.
-
-    So a thread of autograd's that begins with a kernel of ours has none.
-    """
-    _check(_driver().cuCtxSetCurrent(_context(device)))
-
-
-class Function(NamedTuple):
-    """A kernel, loaded on one device."""
-
-    handle: int
-    threads: int
-    shared: int
-    device: int
 
 
 @lru_cache(maxsize=256)
@@ -93,12 +39,12 @@ def function(variant: Variant | Sums, device: int) -> Function:
     from vicinal.backends.hopper.compile import compiled
 
     kernel = compiled(variant)
-    cuda, module, handle = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-    enter_context(device)
-    _check(cuda.cuModuleLoadData(ctypes.byref(module), kernel.asm["cubin"]))
-    _check(cuda.cuModuleGetFunction(ctypes.byref(handle), module, kernel.metadata.name.encode()))
-    _check(cuda.cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED, kernel.metadata.shared))
-    _check(cuda.cuFuncSetAttribute(handle, PREFERRED_CARVEOUT, 100))
+    loader, module, handle = cuda.driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    cuda.enter_context(device)
+    check(loader.cuModuleLoadData(ctypes.byref(module), kernel.asm["cubin"]))
+    check(loader.cuModuleGetFunction(ctypes.byref(handle), module, kernel.metadata.name.encode()))
+    check(loader.cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED, kernel.metadata.shared))
+    check(loader.cuFuncSetAttribute(handle, PREFERRED_CARVEOUT, 100))
     assert handle.value is not None
     return Function(handle.value, 32 * kernel.metadata.num_warps, kernel.metadata.shared, device)
 
@@ -194,7 +140,7 @@ class TensorMap:
         if self.address is None:
             self._encode(address - self._room)
         else:
-            _check(_driver().cuTensorMapReplaceAddress(self.pointer, address - self._room))
+            check(cuda.driver().cuTensorMapReplaceAddress(self.pointer, address - self._room))
         self.address = address
 
     def _encode(self, base: int) -> None:
@@ -204,8 +150,8 @@ class TensorMap:
         strides = (ctypes.c_uint64 * (RANK - 1))(*geometry.strides)
         sides = (ctypes.c_uint32 * RANK)(swizzle // 2, *reversed(box), 1)
         ones = (ctypes.c_uint32 * RANK)(*[1] * RANK)
-        _check(
-            _driver().cuTensorMapEncodeTiled(
+        check(
+            cuda.driver().cuTensorMapEncodeTiled(
                 self.pointer,
                 DATA_TYPE[dtype],
                 RANK,
@@ -222,51 +168,33 @@ class TensorMap:
         )
 
 
-class Call:
-    """One kernel with its arguments, for tensors of given shapes and strides; only addresses change.
-
-    Safe to call from several threads and streams: the driver copies the arguments when it is called.
-    """
+class Call(cuda.Call):
+    """One kernel with its arguments, tensor maps first, for tensors of given shapes and strides."""
 
     def __init__(
         self, function: Function, grid: tuple[int, int, int], maps: Sequence[TensorMap], pointers: int,
         integers: Sequence[int], floats: Sequence[float] = (),
     ) -> None:  # fmt: skip
-        self._function, self._grid, self._maps = function, grid, tuple(dict.fromkeys(maps))
-        self._pointers = [ctypes.c_uint64() for _ in range(pointers)]
-        self._lock = threading.Lock()
-        # In the compiler's order: each tensor map is followed by its shape and strides, which our
-        # kernels do not read, and two pointers to scratch memory that they do not use come last.
-        unused = ctypes.c_uint64(0)
-        self._values = [*map(ctypes.c_int32, integers), *map(ctypes.c_float, floats), unused]
-        places: list[int] = []
-        for tensor_map in maps:
-            places += [tensor_map.pointer] + [ctypes.addressof(unused)] * (2 * RANK)
-        places += [ctypes.addressof(value) for value in (*self._pointers, *self._values[:-1])]
-        places += [ctypes.addressof(unused)] * 2
-        self._parameters = (ctypes.c_void_p * len(places))(*places)
+        self._maps, self._unread = tuple(dict.fromkeys(maps)), ctypes.c_uint64(0)
+        # Each tensor map is followed by its shape and strides, which our kernels do not read.
+        places = [n for m in maps for n in (m.pointer, *[ctypes.addressof(self._unread)] * (2 * RANK))]
+        super().__init__(
+            function, grid, pointers, [*map(ctypes.c_int32, integers), *map(ctypes.c_float, floats)], places
+        )
 
-    def start(self, addresses: Sequence[int], pointers: Sequence[int], stream: int) -> None:
-        """Start the kernel on `stream`.
+    def start_on(self, addresses: Sequence[int], pointers: Sequence[int], stream: int) -> None:
+        """Start the kernel.
 
         Args:
             addresses: of the tensors that have maps, each once.
             pointers: the kernel's other addresses.
             stream: a CUDA stream handle.
         """
-        handle, threads, shared, device = self._function
         with self._lock:
             for tensor_map, address in zip(self._maps, addresses, strict=True):
                 if address != tensor_map.address:
                     tensor_map.point_to(address)
-            for pointer, address in zip(self._pointers, pointers, strict=True):
-                pointer.value = address
-            launched = (handle, *self._grid, threads, 1, 1, shared, stream, self._parameters, None)
-            code = _driver().cuLaunchKernel(*launched)
-            if code == NO_CONTEXT:
-                enter_context(device)
-                code = _driver().cuLaunchKernel(*launched)
-        _check(code)
+            self._start(pointers, stream)
 
 
 def tiles_of(axes: Sequence[Axis], variant: Variant) -> tuple[list[int], int]:
@@ -318,7 +246,7 @@ class Launch(Call):
             lengths: address of the 32-bit lengths of the additional keys, or 0 if all count.
             stream: a CUDA stream handle.
         """
-        self.start(addresses, (lse, lengths), stream)
+        self.start_on(addresses, (lse, lengths), stream)
 
 
 def axis_args(axis: Axis, tiles: int) -> AxisArgs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
+from vicinal.backends import cuda
 from vicinal.backends.triton.backward import additional_gradients, key_gradients, query_gradients
 from vicinal.backends.triton.backward_bias import bias_gradients, diagonal_sums
 from vicinal.backends.triton.forward import forward
@@ -89,23 +91,60 @@ def loaded(variant: Variant, device: int) -> Any:
     return compiled(variant, triton.runtime.driver.active.get_current_target())
 
 
-def starter(variant: Variant, grid: tuple[int, int, int], device: int) -> Callable[..., None]:
+Start = Callable[[Sequence[Any], int], None]
+"""Starts a kernel, given its addresses (tensors, for the interpreter) and a stream."""
+
+
+def starter(variant: Variant, grid: tuple[int, int, int], device: int, numbers: Sequence[Any]) -> Start:
     """What starts a kernel on `device`, which must be the current one, or runs it in Triton's interpreter.
 
-    Takes a stream, then the kernel's arguments: addresses (tensors, for the interpreter) and numbers.
+    Args:
+        variant: the kernel.
+        grid: blocks.
+        device: its number.
+        numbers: the kernel's arguments after the addresses.
     """
     if IS_INTERPRETED:
-        return lambda _, *arguments: interpret(variant, grid, arguments)
+        return lambda tensors, _: interpret(variant, grid, (*tensors, *numbers))
     kernel = loaded(variant, device)
-    watched = kernel[grid]  # which loads it, too
-    # A third of that way's time goes to telling hooks that no profiler has set. Inductor leaves it out likewise.
-    runtime, run, handle, metadata = triton.knobs.runtime, kernel.run, kernel.function, kernel.packed_metadata
-    width, height, depth = grid
+    theirs = kernel[grid]
 
-    def start(stream: int, *arguments: Any) -> None:
-        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            watched(*arguments, stream=stream)
-        else:
-            run(width, height, depth, stream, handle, metadata, None, None, None, *arguments)
+    def by_triton(addresses: Sequence[int], stream: int) -> None:
+        theirs(*addresses, *numbers, stream=stream)
+
+    names, facts = KERNELS[variant.kernel].arg_names, kernel.metadata
+    pointers = len(names) - len(numbers)
+    fixed = [n for name, value in zip(names[pointers:], numbers, strict=True) for n in as_c(KINDS[name], value)]
+    if not takes(kernel, pointers + len(fixed)):
+        return by_triton
+    # Triton's launcher makes C numbers of up to eighty Python ones at each call, and tells hooks that nobody has set.
+    function = cuda.Function(kernel.function, 32 * facts.num_warps, facts.shared, device)
+    call, hooks = cuda.Call(function, grid, pointers, fixed), triton.knobs.runtime
+
+    def start(addresses: Sequence[int], stream: int) -> None:
+        is_watched = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+        (by_triton if is_watched else call.start)(addresses, stream)
 
     return start
+
+
+def takes(kernel: Any, arguments: int) -> bool:
+    """Whether a compiled kernel takes so many arguments, two unused pointers to scratch memory, and nothing else.
+
+    It does, on NVIDIA's GPUs and by the Triton that we know: where not, its own launcher knows more.
+    """
+    scratch = [getattr(kernel.metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")]
+    if "ptx" not in kernel.asm or any(scratch) or kernel.metadata.num_ctas != 1:
+        return False
+    entry = kernel.asm["ptx"].partition(".entry")[2]
+    return entry.partition("{")[0].count(".param") == arguments + 2
+
+
+C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+def as_c(kind: Any, value: Any) -> list[Any]:
+    """An argument as compiled kernels take it: members of tuples one after another, constants not at all."""
+    if isinstance(kind, tuple):
+        return [number for kinds, values in zip(kind, value, strict=True) for number in as_c(kinds, values)]
+    return [] if kind == "constexpr" else [C_TYPES[kind](value)]

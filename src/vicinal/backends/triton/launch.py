@@ -109,8 +109,7 @@ class Call:
 
         names = compile.KERNELS[variant.kernel].arg_names
         self._tensors = [instead.get(name, name) for name in names if name not in numbers]
-        self._numbers = [numbers[name] for name in names[len(self._tensors) :]]
-        self._run = compile.starter(variant, grid, device)
+        self._start = compile.starter(variant, grid, device, [numbers[name] for name in names[len(self._tensors) :]])
 
     def start(self, places: Mapping[str, Any], stream: int) -> None:
         """Start the kernel.
@@ -119,7 +118,7 @@ class Call:
             places: of tensors, see `places_of`.
             stream: a handle, as `stream_of` gives it.
         """
-        self._run(stream, *[places[name] for name in self._tensors], *self._numbers)
+        self._start([places[name] for name in self._tensors], stream)
 
 
 def places_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
