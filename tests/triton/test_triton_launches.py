@@ -6,6 +6,7 @@ import ctypes
 import gc
 import importlib
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from vicinal.backends.triton.variant import FACTS, AxisArgs, SlotArgs, StepArgs,
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan, make_plan
 from vicinal.problem import Problem
+from vicinal.testing.cases import make_inputs
 
 triton = pytest.importorskip("triton", reason="kernels' arguments are named by their source, which needs triton")
 compiling = importlib.import_module("vicinal.backends.triton.compile")
@@ -409,3 +411,34 @@ def test_what_is_not_for_us_is_left_to_triton(kernel: Kernel, what: str) -> None
         setattr(kernel.metadata, "num_ctas" if "clusters" in what else "global_scratch_size", 2)
     compiling.starter(SimpleNamespace(kernel="diagonals"), (2, 3, 1), 0, NUMBERS)([11, 12], 7)
     assert kernel.told == [(2, 3, 1, 7, 11, 12, *NUMBERS)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("additional", [0, 7])
+def test_on_a_card_our_launches_are_as_tritons(additional: int) -> None:
+    """The same bits, from a thread of autograd's and in a CUDA graph too: only what starts the kernels differs."""
+    problem = replace(BIASED, additional=additional)
+    device = torch.device("cuda", torch.cuda.current_device())
+    inputs, plan = make_inputs(problem, device, seed=2), plan_of(problem)
+    portable.forget()
+    ours = both(plan, inputs)
+    told: list[object] = []
+    triton.knobs.runtime.launch_enter_hook.add(told.append)
+    try:
+        theirs = both(plan, inputs)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(told.append)
+    assert len(told) == (6 if additional else 5)
+    torch.cuda.synchronize()
+    graph, found = torch.cuda.CUDAGraph(), [ours, theirs]
+    with torch.cuda.graph(graph):
+        found.append(both(plan, inputs))
+    graph.replay()
+    thread = threading.Thread(target=lambda: found.append(both(plan, inputs)))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert len(found) == 4
+    for output, gradients_found in found[1:]:
+        for a, b in zip((*ours[0], *ours[1]), (*output, *gradients_found), strict=True):
+            assert a is b is None or torch.equal(a, b)
