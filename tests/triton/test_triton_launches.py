@@ -369,8 +369,11 @@ def test_arguments_are_those_of_the_compiled_kernels(card: Card) -> None:
     """In number and size: what PTX says of them."""
     from triton.backends.compiler import GPUTarget
 
-    both(plan_of(replace(BIASED, additional=7)), inputs_of(replace(BIASED, additional=7)))
-    assert len(card.launches) == 6
+    many = Problem.grid((14, 14), 7, heads=2, head_dim=32, batch=16, position_bias=True)
+    for problem in (replace(BIASED, additional=7), many):
+        both(plan_of(problem), inputs_of(problem))
+    met = {variant.kernel for variant, *_ in card.launches}
+    assert met >= {"forward", "queries", "keys", "additional", "bias", "diagonals", "queries_held", "keys_held"}
     kinds = {ctypes.c_int32: "u32", ctypes.c_int64: "u64", ctypes.c_float: "f32"}
     for variant, _, given in card.launches:
         names = compiling.KERNELS[variant.kernel].arg_names
