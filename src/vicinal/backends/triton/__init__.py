@@ -120,7 +120,10 @@ class Triton:
 
 @lru_cache(maxsize=1024)
 def prepared(plan: Plan, strides: Strides, device: int, *_: Any) -> Call | None:
-    """The forward kernel on tensors with these strides; `None` if one of them must be copied first."""
+    """The forward kernel on tensors with these strides; `None` if one of them must be copied first.
+
+    What it is `told` otherwise it asks for itself: here that only tells one from another.
+    """
     problem = plan.problem
     names = ("query", "key", "value", "more_key", "more_value")
     operands = Operands(problem, dict(zip(names, strides, strict=False)), ("out",), device)

@@ -106,7 +106,10 @@ GRADIENTS = ("grad_query", "grad_key", "grad_value")
 
 @lru_cache(maxsize=1024)
 def prepared(problem: Problem, strides: Strides, device: int, *_: Any) -> Passes | None:
-    """The passes on tensors with these strides, built once; `None` if one of them must be copied first."""
+    """The passes on tensors with these strides; `None` if one of them must be copied first.
+
+    What they are `told` otherwise they ask for themselves: here that only tells some from others.
+    """
     names = ("query", "key", "value", *(("more_key", "more_value") if problem.additional else ()), "out", "grad_out")
     operands = Operands(problem, dict(zip(names, strides, strict=True)), GRADIENTS, device)
     return Passes(operands) if operands.is_readable else None
