@@ -259,6 +259,13 @@ def test_a_held_position_bias_stays_in_registers(kernel: str, arch: int, dtype: 
     assert max(map(len, loops_of(made, tmp_path))) <= IN_HELD_BOX * MOST_HELD
 
 
+@pytest.mark.parametrize(("arch", "most"), [(80, 48), (90, 0)])
+def test_sums_in_the_pass_for_queries_spill_little(arch: int, most: int, tmp_path: Path) -> None:
+    problem = replace(IMAGES, axes=Problem.grid((56, 56), 7, dilation=8).axes)
+    assert best_cut("queries", problem, hardware_of(arch)).sums
+    check(compiled("queries", problem, arch), arch, most, tmp_path)
+
+
 @pytest.mark.parametrize("arch", SMEM)
 @pytest.mark.parametrize("kernel", ["bias", "diagonals"])
 def test_gradients_of_a_position_bias(

@@ -112,6 +112,13 @@ def bias_cut(problem: Problem, hardware: Hardware) -> SlotCut:
     return SlotCut(Cut(rows, columns, shape, 0.0, True), slots, met, heads, chunk, ceil_div(tiles, chunk))
 
 
+def summed_cut(problem: Problem, queries: Cut) -> SlotCut | None:
+    """How those sums lie that the pass for queries leaves, if it is cut so that it can, and they are not too many."""
+    chunks = prod(axis.dilation for axis in problem.axes) * ceil_div(problem.batch, queries.chunk)
+    cut = SlotCut(queries, (SlotArgs(0, 1),) * 3, 0, problem.heads, queries.chunk, chunks)
+    return cut if queries.sums and cut.scratch <= MOST_SCRATCH else None
+
+
 def _slots(problem: Problem, rows: tuple[int, ...], columns: tuple[int, ...]) -> list[tuple[SlotArgs, int]]:
     return [slots_of(*each) for each in zip(problem.axes, rows, columns, strict=True)]
 

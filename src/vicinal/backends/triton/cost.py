@@ -107,6 +107,7 @@ class Cut(NamedTuple):
     masked: bool
     held: tuple[int, ...] = ()  # boxes along each axis whose bias a block holds, if it does
     chunk: int = 1  # batch rows of a block
+    sums: bool = False  # see `Variant`
 
 
 @lru_cache(maxsize=4096)
@@ -142,7 +143,10 @@ def _cut(
     tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
     if shape.holds:
         held = tuple(count[3] for count in counts)
-        return _held_cut(problem, units, Cut(rows, columns, shape, 0.0, True, held), tiles * heads)
+        # Where a tile and a box are a whole dilation group, all pairs of them lie as far ahead.
+        is_whole = all(count[0] == axis.dilation for count, axis in zip(counts, problem.axes, strict=True))
+        sums = kernel == "queries" and is_whole and prod(held) == 1
+        return _held_cut(problem, units, Cut(rows, columns, shape, 0.0, True, held, sums=sums), tiles * heads)
     pace = shape.pace + shape.mask * (visited - full) / visited
     one = shape.start + (longest * repeats + additional) * pace
     everything = tiles * shape.start + (visited * repeats + tiles * additional) * pace
@@ -286,5 +290,6 @@ def variant_of(kernel: str, problem: Problem, cut: Cut, precision: str, is_wide:
         warps=cut.shape.warps,
         stages=cut.shape.stages,
         registers=cut.shape.registers,
+        sums=cut.sums and kernel == "queries",
         held=three(cut.held) if cut.held and kernel in HELD else (0, 0, 0),
     )

@@ -18,7 +18,7 @@ from vicinal._tuples import ceil_div
 from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.devices import empty_as, on_device
 from vicinal.backends.remembered import ALIGNMENT, Remembered, Strides
-from vicinal.backends.triton.bias import bias_cut
+from vicinal.backends.triton.bias import SlotCut, bias_cut, summed_cut
 from vicinal.backends.triton.cost import Cut, best_cut
 from vicinal.backends.triton.launch import (
     Call,
@@ -48,7 +48,10 @@ class Passes:
     def __init__(self, operands: Operands) -> None:
         problem, hardware = operands.problem, operands.hardware
         keys = best_cut("keys", problem, hardware)
-        self._calls = [operands.call("queries", best_cut("queries", problem, hardware)), operands.call("keys", keys)]
+        cut = best_cut("queries", problem, hardware)
+        summed = summed_cut(problem, cut)
+        cut = cut._replace(sums=summed is not None)
+        self._calls = [operands.call("queries", cut), operands.call("keys", keys)]
         queries = problem.batch * problem.heads * problem.tokens
         sizes = {"facts": FACTS * queries}
         if problem.additional or problem.position_bias:
@@ -60,8 +63,9 @@ class Passes:
             shape = chunks, problem.batch, problem.additional, problem.heads_kv
             self.partial_shapes = [(*shape, problem.head_dim), (*shape, problem.head_dim_v)]
         if problem.position_bias:
-            self._calls += bias_calls(operands)
-            sizes["partial_bias"] = bias_cut(problem, hardware).scratch
+            found = summed or bias_cut(problem, hardware)
+            self._calls += bias_calls(operands, found, is_summed=summed is not None)
+            sizes["partial_bias"] = found.scratch
         # Whatever begins in there begins at an address that vectors may be loaded from.
         numbers = ALIGNMENT // 4
         ends = list(accumulate(ceil_div(size, numbers) * numbers for size in sizes.values()))
@@ -85,17 +89,20 @@ def additional_call(operands: Operands, cut: Cut) -> tuple[Call, int]:
     return operands.call("additional", flat, (blocks, chunks), chunk=chunk), chunks
 
 
-def bias_calls(operands: Operands) -> list[Call]:
-    """The pass for the position bias: two kernels for as many heads as there is scratch memory for, then for others."""
+def bias_calls(operands: Operands, found: SlotCut, *, is_summed: bool) -> list[Call]:
+    """The pass for the position bias: two kernels for as many heads as there is scratch memory for, then for others.
+
+    Only the second, if the pass for queries did what the first does.
+    """
     problem = operands.problem
-    found = bias_cut(problem, operands.hardware)
     shared = {"slots": found.slots, "chunks": found.chunks}
     calls: list[Call] = []
     for first in range(0, problem.heads, found.heads):
         heads = min(found.heads, problem.heads - first)
         grid = heads * found.boxes, found.chunks
         more = {"chunk": found.chunk, "batches": problem.batch, "first_head": first}
-        calls.append(operands.call("bias", found.cut, grid, **shared, **more))
+        if not is_summed:
+            calls.append(operands.call("bias", found.cut, grid, **shared, **more))
         grid = heads * prod(problem.bias_shape[1:]), 1
         calls.append(operands.call("diagonals", found.cut, grid, **shared, heads=heads, first_head=first))
     return calls

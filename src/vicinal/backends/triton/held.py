@@ -167,16 +167,20 @@ def forward_held(
 
 @triton.jit
 def query_gradients_held(
-    query, key, value, out, bias, grad_out, grad_query, lse, grad_lse, facts, sums, delta,
+    query, key, value, out, bias, grad_out, grad_query, lse, grad_lse, facts, sums, delta, partial_bias,
     axes, steps, heads, group, batches, chunk, scale, V: tl.constexpr,
 ):  # fmt: skip
     """One block: the gradients of one tile of queries of one head, in `chunk` batch rows.
 
     Arguments as in `backward.query_gradients` and `forward_held`.
+
+    Args:
+        partial_bias: if `V.sums`, the sums of `dS` as `backward_bias.bias_gradients` leaves them, of one slot.
     """
     ROWS: tl.constexpr = V.rows
     COLUMNS: tl.constexpr = V.columns
     R: tl.constexpr = V.row_count
+    C: tl.constexpr = V.column_count
     D: tl.constexpr = V.depth
     DV: tl.constexpr = V.depth_v
     DTYPE: tl.constexpr = query.dtype.element_ty
@@ -202,6 +206,8 @@ def query_gradients_held(
     by_token = token_at(tile.batch, t_first, h_first, w_first, tile, axes) * heads + tile.head
     by_head = token_at(tile.batch * heads + tile.head, t_first, h_first, w_first, tile, axes)
     to_next = heads.to(tl.int64) * axes[0].length * axes[1].length * axes[2].length
+    if V.sums:
+        acc = tl.zeros([R, C], tl.float32)
     for batch in tl.range(tile.batch, stop):
         q = load(query_at, query_offsets, here, V.head_dim, D)
         do = load(grad_at, grad_offsets, here, V.head_dim_v, DV)
@@ -222,7 +228,10 @@ def query_gradients_held(
             v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
             scores = biased(tl.dot(q, tl.trans(k)), scale, blocks, number, tl.minimum(batch, 0), V)
             p = tl.exp2(scores - total[:, None])
-            dq = tl.dot(score_gradients(p, do, v, shift, V).to(DTYPE), k, dq)
+            ds = score_gradients(p, do, v, shift, V)
+            if V.sums:
+                acc += ds
+            dq = tl.dot(ds.to(DTYPE), k, dq)
         store(dq_at, dq_offsets, here, dq * (scale * LN2), V.head_dim, D)
         query_at += steps.query.batch * V.unit
         grad_at += steps.grad_out.batch * V.unit
@@ -232,6 +241,12 @@ def query_gradients_held(
         value_at += steps.value.batch * V.unit
         by_token += to_next
         by_head += to_next
+    if V.sums:
+        tiles = tiles_of(axes)
+        turn = tl.program_id(0) // (tiles * heads)
+        box = (turn * tiles + tl.program_id(0) % tiles) * heads + tile.head
+        inside = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+        tl.store(partial_bias + box.to(tl.int64) * (R * C) + inside, acc)
 
 
 @triton.jit

@@ -83,6 +83,7 @@ class Variant:
         precision: how float32 is multiplied, in Triton's words.
         is_wide: whether offsets inside a box need 64 bits.
         held: boxes of a tile along each axis, all of whose bias a block holds.
+        sums: whether a block of the pass for queries sums what the gradient of the position bias is made of.
         registers: of a thread at most, on NVIDIA's; 0 leaves them to the assembler.
         warps, stages: warps of a block, and boxes in flight.
     """
@@ -103,6 +104,7 @@ class Variant:
     warps: int = 4
     stages: int = 2
     held: Box = (0, 0, 0)
+    sums: bool = False
     registers: int = 0
 
     @property
