@@ -37,7 +37,7 @@ class Report:
         self.failures += other.failures
 
 
-def search(families: range, deadline: float) -> Report:
+def search(families: range, deadline: float, pairs: bool) -> Report:
     """Run families of problems until all are done or time is up."""
     import torch
     from problems import draw, errors
@@ -52,12 +52,12 @@ def search(families: range, deadline: float) -> Report:
     for family in families:
         # Small problems would not share blocks by themselves.
         shares = family % 3 == 0
-        launch.heads_per_block = (lambda p, v, *_: p.heads if v.shares_heads else 1) if shares else by_itself
+        launch.heads_per_block = (lambda p, v, *_: p.heads if v.shares_heads else v.abreast) if shares else by_itself
         hopper.forget()
         for seed in range(family * FAMILY, (family + 1) * FAMILY):
             if time.time() > deadline:
                 return report
-            case = draw(seed, family=family)
+            case = draw(seed, family=family, pairs=pairs)
             try:
                 out, lse = errors(case, hopper.backend)
             except Exception as error:  # the next seeds may still tell something
@@ -104,6 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("problems", type=int, nargs="?", default=2000, help="how many; rounded up to whole families")
     parser.add_argument("--each", action="store_true", help="instead, one of each kind, in one process")
+    parser.add_argument("--pairs", action="store_true", help="only such as let two heads of 32 share a box")
     parser.add_argument("--first", type=int, default=0, help="first family")
     parser.add_argument("--processes", type=int, default=max((os.cpu_count() or 2) - 2, 1))
     parser.add_argument("--seconds", type=float, default=3600, help="stop after that many")
@@ -112,7 +113,9 @@ def main() -> int:
     families = range(options.first, options.first + count)
     total = one_of_each() if options.each else Report()
     if not options.each:
-        work = [(families[i :: options.processes], start + options.seconds) for i in range(options.processes)]
+        work = [
+            (families[i :: options.processes], start + options.seconds, options.pairs) for i in range(options.processes)
+        ]
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             for report in pool.starmap(search, work, chunksize=1):
                 total.add(report)

@@ -75,6 +75,9 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.memory.reshape(shape))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(np.moveaxis(np.moveaxis(self.memory, dim, 0)[start : start + length], 0, dim))
+
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.memory.transpose(order))
 

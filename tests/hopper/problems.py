@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -30,18 +30,19 @@ class Case:
     seed: int
 
 
-def draw(seed: int, most_tokens: int = 900, family: int | None = None) -> Case:
+def draw(seed: int, most_tokens: int = 900, family: int | None = None, pairs: bool = False) -> Case:
     """The random case of that seed: any rank, ragged, every feature alone and together.
 
-    Cases of one family are all compiled to the same kernel or two. Without one, the tilings are few.
+    Cases of one family are all compiled to the same kernel or two. Without one, the tilings are few. All `pairs` have
+    heads of 32 that lie next to each other, an even number of them, and tiles that two of them can share.
     """
     rng = random.Random(seed)
     kind = rng if family is None else random.Random(f"family {family}")
     rank = kind.choice((1, 2, 3, 3))
-    head_dim = kind.choice(HEAD_DIMS)
+    head_dim = 32 if pairs else kind.choice(HEAD_DIMS)
     dtype = kind.choice(("bfloat16", "bfloat16", "float16"))
     may_be_causal, has_additional = kind.random() < 0.6, kind.random() < 0.25
-    tiling = _tiling(kind, rank, head_dim, few=family is None)
+    tiling = _tiling(kind, rank, head_dim, few=family is None, pairs=pairs)
     shape: tuple[int, ...] = ()
     while not shape or prod(shape) > most_tokens:
         longest = {1: most_tokens, 2: 60, 3: 20}[rank]
@@ -61,13 +62,18 @@ def draw(seed: int, most_tokens: int = 900, family: int | None = None) -> Case:
         scale=rng.choice((None, None, None, None, 0.03, 1.0, 0.0, -0.1)),
         additional=rng.randint(1, 300) if has_additional else 0,
     )  # fmt: skip
+    if pairs:
+        problem = replace(problem, heads=2 * heads_kv, heads_kv=2 * heads_kv)
     tiling = tiling or ranked_tilings(problem)[0]
-    return Case(problem, tiling, rng.choice(LAYOUTS), has_additional and rng.random() < 0.5, seed)
+    layouts = ("contiguous", "fused", "padded") if pairs else LAYOUTS
+    return Case(problem, tiling, rng.choice(layouts), has_additional and rng.random() < 0.5, seed)
 
 
-def _tiling(rng: random.Random, rank: int, head_dim: int, few: bool) -> Tiling | None:
+def _tiling(rng: random.Random, rank: int, head_dim: int, few: bool, pairs: bool) -> Tiling | None:
     """None for the best one, or one that nobody would choose; if few, out of a handful, so that few are compiled."""
     tilings = sorted(candidates(Problem.grid((64,) * rank, 8, head_dim=head_dim)), key=repr)
+    if pairs:
+        tilings = [tiling for tiling in tilings if prod(tiling.q_tile) == 64 and prod(tiling.kv_tile) <= 64]
     odd = [tiling for tiling in tilings if is_odd_box(tiling.kv_tile)]
     if few:
         fixed = random.Random(0)

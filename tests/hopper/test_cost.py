@@ -65,8 +65,8 @@ def test_predicted_times_of_all_tilings_are_those_measured() -> None:
     assert median(off) < 0.06
 
 
-UNSTEADY = {"dense 30x48x80", "LTX stage 5"}
-"""One tiling of these took times up to 10% apart within a run: long kernels at the card's power limit."""
+UNSTEADY = {"dense 30x48x80"}
+"""One tiling of it took times 7% apart within ten seconds: a long kernel at the card's power limit."""
 
 
 def test_the_first_tiling_is_about_the_fastest() -> None:
@@ -74,5 +74,5 @@ def test_the_first_tiling_is_about_the_fastest() -> None:
     for case, rows in timed_tilings().items():
         times = {tiling: float(row["share_of_round"] or row["milliseconds"]) for tiling, row in rows.items()}
         over[case] = times[ranked_tilings(PROBLEMS[case])[0]] / min(times.values()) - 1
-    late = {case: share for case, share in over.items() if share > (0.12 if case in UNSTEADY else 0.05)}
+    late = {case: share for case, share in over.items() if share > (0.07 if case in UNSTEADY else 0.05)}
     assert not late, late

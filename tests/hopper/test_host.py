@@ -21,11 +21,12 @@ from vicinal.backends.hopper.launch import (
     Layout,
     can_map,
     geometry,
+    heads_abreast,
     heads_per_block,
     kernel_scale,
     layouts_of,
 )
-from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, Variant, code_width, is_odd_box, variant_of
+from vicinal.backends.hopper.variant import ROWS, SMEM_BYTES, Variant, code_width, is_odd_box, three_axes, variant_of
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import make_plan
@@ -145,6 +146,25 @@ def test_heads_share_a_block_where_windows_are_small_and_blocks_many() -> None:
     assert heads_per_block(small, variant, blocks, blocks * 50) == 1  # many boxes: nothing to gain
     large = make_plan(PROBLEM, Tiling((12, 4, 4), (4, 4, 8)))
     assert heads_per_block(PROBLEM, variant_of(large), 10**6, 10**6) == 1  # the other kernel
+
+
+def test_two_heads_of_32_share_a_box_where_they_lie_next_to_each_other() -> None:
+    problem = Problem.grid((6, 10), (3, 5), heads=4, head_dim=32, batch=2)
+    plain = (6 * 10 * 128, 10 * 128, 128, 32, 1)
+    per_head = (6 * 10 * 3 * 128, 10 * 3 * 128, 3 * 128, 3 * 32, 1)
+
+    def abreast(strides: list[tuple[int, ...]], tile: tuple[int, int] = (8, 8), **change: int) -> int:
+        changed = replace(problem, **change)
+        places = [geometry(layout, three_axes(changed.axes)) for layout in layouts_of(changed, strides)]
+        return heads_abreast(changed, variant_of(make_plan(changed, Tiling(tile, (8, 8)))), places)
+
+    assert abreast([plain] * 4) == 2
+    assert abreast([plain, per_head, plain, plain]) == 1
+    assert abreast([plain] * 4, heads=3, heads_kv=3) == 1
+    assert abreast([plain] * 4, heads_kv=2) == 1
+    assert abreast([plain] * 4, (24, 8)) == 1  # the other kernel
+    variant = replace(variant_of(make_plan(problem, Tiling((8, 8), (8, 8)))), abreast=2)
+    assert heads_per_block(problem, variant, 1, 1) == 2
 
 
 def test_refuses_groups_spread_too_far() -> None:

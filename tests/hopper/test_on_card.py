@@ -57,12 +57,17 @@ def test_random_problem_with_several_heads_to_a_block(seed: int, monkeypatch: py
 
     def together(problem: Problem, variant: Variant, blocks: int, visited: int) -> int:
         divisors = [n for n in range(1, problem.heads + 1) if problem.heads % n == 0]
-        return divisors[seed % len(divisors)] if variant.shares_heads else 1
+        return divisors[seed % len(divisors)] if variant.shares_heads else variant.abreast
 
     monkeypatch.setattr(launch, "heads_per_block", together)
     hopper.forget()
     check(draw(10_000 + seed), hopper.backend)
     hopper.forget()
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("VICINAL_FUZZ", "40")) // 4))
+def test_random_problem_with_two_heads_of_32_to_a_box(seed: int) -> None:
+    check(draw(20_000 + seed, pairs=True), hopper.backend)
 
 
 AXES = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -18,7 +19,7 @@ from on_cpu import Map, Pointer, array, device, launch
 
 from vicinal._tuples import ceil_div
 from vicinal.backends.hopper.cost import RATES, kv_tiles, q_tiles
-from vicinal.backends.hopper.launch import axis_args, geometry, kernel_scale, layouts_of
+from vicinal.backends.hopper.launch import axis_args, geometry, heads_abreast, kernel_scale, layouts_of
 from vicinal.backends.hopper.variant import AxisArgs, StepArgs, three_axes, variant_of
 from vicinal.plan import make_plan
 from vicinal.problem import Axis, Problem
@@ -28,11 +29,11 @@ DEVICE = device()
 KINDS = sorted({(consumers, keys) for _, consumers, keys in RATES})
 
 
-def draw(seed: int, consumers: int, keys: int) -> tuple[Problem, Tiling, np.ndarray | None]:
+def draw(seed: int, consumers: int, keys: int, times: int = 1) -> tuple[Problem, Tiling, np.ndarray | None]:
     """A small problem, a tiling that nobody would choose for it, and how many additional keys count."""
     rng = random.Random(seed)
     rank = rng.choice((1, 2, 3, 3, 3))
-    shape = tuple(rng.randint(1, {1: 90, 2: 12, 3: 6}[rank]) for _ in range(rank))
+    shape = tuple(rng.randint(1, times * {1: 90, 2: 12, 3: 6}[rank]) for _ in range(rank))
     dilation = tuple(rng.choice((1, 1, rng.randint(1, n))) for n in shape)
     kernel = tuple(rng.randint(1, n // d) for n, d in zip(shape, dilation, strict=True))
     stride = tuple(rng.choice((1, rng.randint(1, k))) for k in kernel)
@@ -60,12 +61,14 @@ def run(
     layouts = layouts_of(problem, [tuple(n // 4 for n in tensor.strides) for tensor in tensors])
     single = (Axis(1, 1), Axis(1, 1), Axis(max(problem.additional, 1), 1))
     boxes = [variant.box, variant.kv_box, variant.kv_box, variant.box, *[(1, 1, variant.keys)] * 2]
+    places = [geometry(layout, single if i >= 4 else axes) for i, layout in enumerate(layouts)]
+    variant = replace(variant, abreast=heads_abreast(problem, variant, places))
+    together = together if variant.shares_heads else variant.abreast
     maps, steps = [], []
-    for i, (tensor, layout) in enumerate(zip(tensors, layouts, strict=True)):
-        place = geometry(layout, single if i >= 4 else axes)
+    for i, (tensor, place) in enumerate(zip(tensors, places, strict=True)):
         memory = np.concatenate([np.full(place.room // 2, np.nan, np.float32), tensor.ravel()])
         slots = 64 if i in (0, 3) else variant.keys
-        maps.append(Map(memory, place, boxes[i], problem.head_dim, slots))
+        maps.append(Map(memory, place, boxes[i], variant.columns, slots))
         steps.append(StepArgs(*map(array, place.steps)))
     counts = [ceil_div(ceil_div(a.length, a.dilation), q) for a, q in zip(axes, variant.q_tile, strict=True)]
     blocks = prod(count * axis.dilation for count, axis in zip(counts, axes, strict=True))
@@ -110,7 +113,17 @@ def expected(problem: Problem, tensors: list[np.ndarray], lengths: np.ndarray | 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("seed", range(int(os.environ.get("VICINAL_FUZZ", "30")) // len(KINDS)))
 def test_a_kernel_computes_attention(kind: tuple[int, int], seed: int) -> None:
-    problem, tiling, lengths = draw(10**6 * kind[0] + 10**4 * kind[1] + seed, *kind)
+    check(*draw(10**6 * kind[0] + 10**4 * kind[1] + seed, *kind), seed)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("VICINAL_FUZZ", "30")) // 3))
+def test_two_heads_that_share_boxes(seed: int) -> None:
+    problem, tiling, _ = draw(10**7 + seed, 1, 64, times=2)
+    heads = 2 * problem.heads_kv
+    check(replace(problem, heads=heads, heads_kv=heads, additional=0), tiling, None, seed)
+
+
+def check(problem: Problem, tiling: Tiling, lengths: np.ndarray | None, seed: int) -> None:
     noise = np.random.default_rng(seed)
     grid, more = (problem.batch, *problem.shape), (problem.batch, problem.additional)
     shapes = [(*grid, problem.heads, 32), *[(*grid, problem.heads_kv, 32)] * 2]

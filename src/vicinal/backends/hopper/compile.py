@@ -27,9 +27,9 @@ ELEMENT = {"float16": "fp16", "bfloat16": "bf16"}
 
 def box_type(variant: Variant, box: tuple[int, ...]) -> str:
     """A tensor map whose boxes hold `box` tokens of one head, as triton spells its type."""
-    swizzle = min(128, 2 * variant.head_dim)
+    swizzle = min(128, 2 * variant.columns)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=5)
-    sides = ",".join(str(n) for n in (1, *box, variant.head_dim))
+    sides = ",".join(str(n) for n in (1, *box, variant.columns))
     return f"tensordesc<{ELEMENT[variant.dtype]}[{sides}],{layout!r}>"
 
 

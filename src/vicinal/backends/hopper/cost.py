@@ -11,13 +11,14 @@ dilation enters only through the tiles that it makes the plan visit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.hopper.launch import MULTIPROCESSORS, heads_per_block
+from vicinal.backends.hopper.launch import MULTIPROCESSORS, heads_abreast, heads_per_block
 from vicinal.backends.hopper.variant import Variant, code_width, is_odd_box, variant_for, variant_of
 from vicinal.plan import AxisPlan, Plan
 from vicinal.problem import Axis, Problem
@@ -68,7 +69,7 @@ class Rate(NamedTuple):
 RATES: dict[tuple[int, int, int], Rate] = {
     # (head_dim, warpgroups, keys of a box): fitted to about 110 timings, bf16, sustained clocks; one warpgroup and
     # 64 keys again to 40 of `forward-tiles.csv`. Not measured, but scaled: 32 x 3, one x 128, and all of 256.
-    (32, 1, 64): Rate(0.60, 0.248, 0.024, 0.10),
+    (32, 1, 64): Rate(0.21, 0.225, 0.024, 0.10),
     (32, 1, 128): Rate(2.3, 0.30, 0.048, 0.20),
     (32, 3, 128): Rate(2.4, 0.39, 0.055, 0.20),
     (64, 1, 64): Rate(0.38, 0.282, 0.030, 0.10),
@@ -110,6 +111,7 @@ def _milliseconds(
     visited_first: int, layers: int,
 ) -> float:  # fmt: skip
     rate = RATES[variant.head_dim, variant.consumers, variant.keys]
+    variant = replace(variant, abreast=heads_abreast(problem, variant, ()))  # as if they lay next to each other
     start = rate.start / heads_per_block(problem, variant, q_tiles, visited)
     pace = variant.consumers * (rate.pace + _mask_pace(rate, variant, masked / visited))
     additional = ceil_div(problem.additional, variant.keys)

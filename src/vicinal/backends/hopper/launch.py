@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -216,13 +217,14 @@ class Launch(Call):
         axes = three_axes(problem.axes)
         single = (Axis(1, 1), Axis(1, 1), Axis(max(problem.additional, 1), 1))
         geometries = [geometry(layout, single if i >= 4 else axes) for i, layout in enumerate(layouts)]
+        variant = replace(variant, abreast=heads_abreast(problem, variant, geometries))
         boxes = [variant.box, variant.kv_box, variant.kv_box, variant.box, *[(1, 1, variant.keys)] * 2]
         self.rooms = [geometry.room for i, geometry in enumerate(geometries) if i != 3]
         self.needs_room = any(self.rooms)
         self.copy_room = geometries[3].room
         self.lse_shape = (problem.batch, *problem.shape, problem.heads)
         maps = [
-            TensorMap(geometry, variant.dtype, box, variant.head_dim)
+            TensorMap(geometry, variant.dtype, box, variant.columns)
             for geometry, box in zip(geometries, boxes, strict=False)
         ]
         tiles, blocks = tiles_of(axes, variant)
@@ -268,10 +270,20 @@ def heads_per_block(problem: Problem, variant: Variant, blocks: int, visited: in
     cache: measured, it pays for windows of few boxes, as long as every multiprocessor still gets enough blocks.
     """
     if not variant.shares_heads:
-        return 1
+        return variant.abreast
     enough = WAVES * MULTIPROCESSORS * BLOCKS_PER_MULTIPROCESSOR
     most = min(blocks * problem.batch * problem.heads // enough, ENOUGH_BOXES * blocks // visited)
     return max(n for n in range(1, max(most, 1) + 1) if problem.heads % n == 0)
+
+
+def heads_abreast(problem: Problem, variant: Variant, geometries: Sequence[Geometry]) -> int:
+    """Heads that share a box of the small kernel: two of 32, if in every tensor they lie next to each other.
+
+    One load then serves both, and so does the mask's code.
+    """
+    adjacent = all(geometry.steps.head == problem.head_dim for geometry in geometries)
+    even = problem.heads == problem.heads_kv and problem.heads % 2 == 0
+    return 2 if adjacent and even and variant.takes_two else 1
 
 
 def slab(axes: Sequence[Axis], variant: Variant, heads: int) -> int:

@@ -29,11 +29,21 @@ def output_layout(V):
 
 
 @gluon.jit
-def start_scores(q, k, mask, code, t, h, w, in_window, V: gl.constexpr):
+def head_of(smem, ROWS: gl.constexpr, NUMBER: gl.constexpr, V: gl.constexpr):
+    """The columns of one of the heads that lie side by side in a box."""
+    rows = smem.reshape([ROWS, V.columns])
+    if V.abreast == 1:
+        return rows
+    else:
+        return rows.slice(NUMBER * V.head_dim, V.head_dim, dim=1)
+
+
+@gluon.jit
+def start_scores(q, k, mask, code, t, h, w, in_window, V: gl.constexpr, NUMBER: gl.constexpr = 0):
     """Start `Q K^T` plus the coded mask of box `(t, h, w)`. The mask comes first: its terms cancel to an exact 0."""
     layout: gl.constexpr = scores_layout(V)
     nothing = gl.full([64, V.keys], 0.0, gl.float32, layout)
-    keys = k.reshape([V.keys, V.head_dim]).permute([1, 0])
+    keys = head_of(k, V.keys, NUMBER, V).permute([1, 0])
     if V.mask == "coded":
         p = penalties(mask, t, h, w, gl.DotOperandLayout(0, layout, 2), V)
         if V.has_additional:
@@ -165,12 +175,29 @@ def log2(x):
 
 
 @gluon.jit
+def row_totals(peak, total):
+    """Sums of the weights of each row, across threads."""
+    return gl.convert_layout(gl.sum(total, 1), peak.type.layout)
+
+
+@gluon.jit
+def keep(acc, totals, smem, V: gl.constexpr, NUMBER: gl.constexpr = 0):
+    """Put the outputs of one head where a box of them is stored from."""
+    head_of(smem, 64, NUMBER, V).store((acc * per_row(1.0 / totals, V)).to(smem.dtype))
+
+
+@gluon.jit
+def store_lse(peak, totals, lse, rows, head, heads):
+    """Write the log-sum-exps of one head."""
+    gl.store(lse + rows * again(heads) + again(head), (peak + log2(totals)) * LN2, mask=rows >= 0)
+
+
+@gluon.jit
 def finish(acc, peak, total, desc, lse, smem, place, rows, head, heads, V: gl.constexpr):
     """Write the outputs, through shared memory, and the log-sum-exps of one warpgroup."""
-    total = gl.convert_layout(gl.sum(total, 1), peak.type.layout)
-    q = smem.reshape([64, V.head_dim])
-    q.store((acc * per_row(1.0 / total, V)).to(desc.dtype))
+    totals = row_totals(peak, total)
+    keep(acc, totals, smem, V)
     fence_async_shared()
     store_box(desc, place, smem)
-    gl.store(lse + rows * again(heads) + again(head), (peak + log2(total)) * LN2, mask=rows >= 0)
+    store_lse(peak, totals, lse, rows, head, heads)
     tma.store_wait(0)

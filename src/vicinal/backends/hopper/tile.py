@@ -361,7 +361,7 @@ def load_keys(desc, column, tile, t, h, w, barrier, smem, V: gl.constexpr):
 @gluon.jit
 def load_additional(desc, column, tile, number, barrier, smem, V: gl.constexpr):
     """Start to load the `number`-th tile of additional keys or values."""
-    flat = smem.reshape([1, 1, 1, V.keys, V.head_dim])
+    flat = smem.reshape([1, 1, 1, V.keys, V.columns])
     load_box(desc, [tile.batch, 0, 0, number * V.keys, column], barrier, flat)
 
 

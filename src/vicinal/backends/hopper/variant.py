@@ -62,6 +62,7 @@ class Variant:
         kernel: `"forward"`, or whose gradients it computes: `"queries"`, `"keys"` (and values) or `"additional"`
             keys. For the last two, queries and keys have changed places in all that is said here.
         skips: whether each of two warpgroups passes by boxes that only the other one's rows see.
+        abreast: heads that lie side by side in a box, for which one load serves.
     """
 
     dtype: str
@@ -77,6 +78,12 @@ class Variant:
     has_additional: bool = False
     kernel: str = "forward"
     skips: bool = False
+    abreast: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Elements of one token in a box."""
+        return self.head_dim * self.abreast
 
     @property
     def is_inverse(self) -> bool:
@@ -114,12 +121,21 @@ class Variant:
         return self.consumers == 2 and not (self.head_dim == 256 and self.mask == "coded" and keeps_much)
 
     @property
+    def takes_two(self) -> bool:
+        """Whether two heads may lie side by side in a box, and be computed in turn.
+
+        Additional keys take registers that two of three blocks would have to do without.
+        """
+        is_small = self.consumers == 1 and self.keys == 64 and self.kernel == "forward"
+        return is_small and self.head_dim == 32 and not self.has_additional
+
+    @property
     def shares_heads(self) -> bool:
         """Whether one block may take several heads in turn.
 
         With heads of 256 it has no registers for the loop; and outputs on their way would lie in empty slots.
         """
-        return self.consumers == 1 and self.head_dim < 256 and self.empty == 0
+        return self.consumers == 1 and self.head_dim < 256 and self.empty == 0 and self.abreast == 1
 
     @property
     def is_late(self) -> bool:
@@ -158,6 +174,8 @@ class Variant:
             return (80, 128) if is_small else (128,)
         if self.consumers > 1 or self.head_dim > 64 or self.keys > 64:
             return (0,)
+        if self.abreast == 2:
+            return (96, 0)  # left to itself, the assembler needs 96 to 104 where a cap of 128 makes it spill
         return (80, 96, 128, 0) if self.head_dim == 32 else (96, 128, 0)
 
     @property
