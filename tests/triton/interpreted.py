@@ -108,6 +108,16 @@ def test_passes_that_hold_a_position_bias_are_right(problem: Problem) -> None:
     check_drawn(Drawn(3, problem, chosen, next(iter(LAYOUTS))), portable.backend, CPU, hardware)
 
 
+@pytest.mark.parametrize("position_bias", [False, True])
+@pytest.mark.parametrize("head_dim", [136, 256])
+def test_scores_in_halves_are_right(head_dim: int, position_bias: bool) -> None:
+    problem = Problem.grid(
+        (5, 7), (3, 4), heads=2, head_dim=head_dim, head_dim_v=16, scale=-0.1, additional=3, dtype="float32",
+        position_bias=position_bias,
+    )  # fmt: skip
+    check_drawn(Drawn(1, problem, (), next(iter(LAYOUTS))), portable.backend, CPU, present(CPU))
+
+
 BIASED = (
     (Problem.grid((19,), 5, stride=3, batch=5, heads=2, head_dim=8, is_causal=True), bias.MOST_SCRATCH),
     (Problem.grid((7, 10), (5, 3), dilation=(1, 2), batch=3, heads=2, heads_kv=1, head_dim=24, head_dim_v=8), 1),

@@ -32,6 +32,23 @@ FLOOR = tl.constexpr(-1e20)
 
 
 @triton.jit
+def product(q, q_rest, at, offsets, near, added, V: tl.constexpr):
+    """`q k^T` for the keys at `at`, and what is added to it, if anything.
+
+    Tensor cores cut off what a sum does not hold. Of 256 float32 terms that comes to more than PyTorch loses, so there
+    each half, which `q` and `q_rest` are of the queries, is summed by itself.
+    """
+    D: tl.constexpr = V.depth_at_once
+    k = load(at, offsets, near, V.dim_at_once, D)
+    scores = tl.dot(q, tl.trans(k), added, input_precision=V.precision)
+    if V.is_halved:
+        k_rest = load(at + D, offsets, near, V.head_dim - D, D)
+        # Subtracted, because the compiler makes one sum of a product and what is added to it.
+        scores = scores - tl.dot(-q_rest, tl.trans(k_rest), input_precision=V.precision)
+    return scores
+
+
+@triton.jit
 def attend(scores, values, acc, peak, total, scale, V: tl.constexpr):
     """One step of the online softmax, in powers of two."""
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
@@ -64,17 +81,21 @@ def forward(
     ROWS: tl.constexpr = V.rows
     COLUMNS: tl.constexpr = V.columns
     R: tl.constexpr = V.row_count
-    D: tl.constexpr = V.depth
+    D: tl.constexpr = V.depth_at_once
     DV: tl.constexpr = V.depth_v
     tile = tile_of(axes, heads, V)
     head_kv = tile.head // group
     here = exist(ROWS, tile.t.first, tile.h.first, tile.w.first, tile, V)
     at = vector_at(query, tile.t.first, tile.h.first, tile.w.first, tile, tile.head, axes, steps.query, V)
-    q = load(at, vectors_in(ROWS, axes, steps.query, V), here, V.head_dim, D)
+    q = load(at, vectors_in(ROWS, axes, steps.query, V), here, V.dim_at_once, D)
+    q_rest = q
+    if V.is_halved:
+        q_rest = load(at + D, vectors_in(ROWS, axes, steps.query, V), here, V.head_dim - D, D)
     if V.is_signed:
         # Peaks need a positive scale, so its sign, or its absence, goes to the queries.
         sign = tl.where(scale < 0, -1.0, tl.where(scale > 0, 1.0, 0.0))
         q = (q.to(tl.float32) * sign).to(q.dtype)
+        q_rest = (q_rest.to(tl.float32) * sign).to(q.dtype)
         scale = tl.maximum(tl.abs(scale), 1e-24)
     windows = windows_of(tile, axes, V)
     key_at = vector_at(key, tile.t.origin, tile.h.origin, tile.w.origin, tile, head_kv, axes, steps.key, V)
@@ -92,13 +113,13 @@ def forward(
     w = 0
     for _ in tl.range(0, boxes_of(tile, V)):
         near = columns_exist(t, h, w, tile, V)
-        k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
+        k_at = moved(key_at, t, h, w, axes, steps.key, V)
         if V.has_bias:
             # What the product begins with has the product's layout, in which a row's maximum is found by few threads.
             added = bias_in(table, entries, mask_of(windows, t, h, w, V), t, h, w, axes, V)
-            scores = tl.dot(q, tl.trans(k), added * (1.0 / scale), input_precision=V.precision)
+            scores = product(q, q_rest, k_at, key_offsets, near, added * (1.0 / scale), V)
         else:
-            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+            scores = product(q, q_rest, k_at, key_offsets, near, None, V)
         if V.masked and not V.has_bias:
             if not is_full(t, h, w, tile, V):
                 scores = tl.where(mask_of(windows, t, h, w, V), scores, float("-inf"))
@@ -112,8 +133,8 @@ def forward(
         number = tl.arange(0, V.column_count)
         for start in tl.range(0, valid, V.column_count):
             near = start + number < valid
-            k = load(key_at, (start + number).to(tl.int64) * steps.more_key.w * V.unit, near, V.head_dim, D)
-            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+            offsets = (start + number).to(tl.int64) * steps.more_key.w * V.unit
+            scores = product(q, q_rest, key_at, offsets, near, None, V)
             scores = tl.where(near[None, :], scores, float("-inf"))
             v = load(value_at, (start + number).to(tl.int64) * steps.more_value.w * V.unit, near, V.head_dim_v, DV)
             acc, peak, total = attend(scores, v, acc, peak, total, scale, V)

@@ -121,6 +121,21 @@ class Variant:
         return prod(self.held) > 2 and self.kernel != "forward_held"
 
     @property
+    def is_halved(self) -> bool:
+        """Whether scores are the sum of two products, of half the elements each."""
+        return self.dtype == "float32" and self.depth > 128
+
+    @property
+    def depth_at_once(self) -> int:
+        """Columns of a query or key that one product takes."""
+        return self.depth // 2 if self.is_halved else self.depth
+
+    @property
+    def dim_at_once(self) -> int:
+        """Of these, those that are elements."""
+        return min(self.head_dim, self.depth_at_once)
+
+    @property
     def are_keys(self) -> bool:
         """Whether rows are keys."""
         return self.kernel.startswith("keys")
