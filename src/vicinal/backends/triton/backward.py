@@ -22,10 +22,12 @@ from vicinal.backends.triton.tile import (
     exist,
     is_full,
     load,
+    load_rest,
     mask_of,
     moved,
     next_box,
     row_entries,
+    scored,
     store,
     table_of,
     tile_of,
@@ -42,16 +44,16 @@ FACTS = tl.constexpr(variant.FACTS)
 
 
 @triton.jit
-def biased(rows, columns, added, scale, V: tl.constexpr):
+def biased(rows, rest, columns, at, offsets, here, added, scale, V: tl.constexpr):
     """Scaled scores with the bias that is added to them.
 
     A product that begins with the bias has it where it wants it; added later, the compiler copies it through shared
     memory, number by number, while boxes are in flight.
     """
-    if V.is_signed:
-        return tl.dot(rows, tl.trans(columns), input_precision=V.precision) * scale + added
+    if V.is_signed or V.adds_late:
+        return scored(rows, rest, columns, at, offsets, here, None, V) * scale + added
     else:
-        return tl.dot(rows, tl.trans(columns), added * (1.0 / scale), input_precision=V.precision) * scale
+        return scored(rows, rest, columns, at, offsets, here, added * (1.0 / scale), V) * scale
 
 
 @triton.jit
@@ -98,7 +100,9 @@ def query_gradients(
     w = tile.w.first
     here = exist(ROWS, t, h, w, tile, V)
     at = vector_at(query, t, h, w, tile, tile.head, axes, steps.query, V)
-    q = load(at, vectors_in(ROWS, axes, steps.query, V), here, V.head_dim, D)
+    offsets = vectors_in(ROWS, axes, steps.query, V)
+    q = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
+    q_rest = load_rest(at, offsets, here, V) if V.is_halved else q
     at = vector_at(grad_out, t, h, w, tile, tile.head, axes, steps.grad_out, V)
     do = load(at, vectors_in(ROWS, axes, steps.grad_out, V), here, V.head_dim_v, DV)
     at = vector_at(out, t, h, w, tile, tile.head, axes, steps.out, V)
@@ -127,13 +131,14 @@ def query_gradients(
     w = 0
     for _ in tl.range(0, boxes_of(tile, V)):
         near = columns_exist(t, h, w, tile, V)
-        k = load(moved(key_at, t, h, w, axes, steps.key, V), key_offsets, near, V.head_dim, D)
+        k_at = moved(key_at, t, h, w, axes, steps.key, V)
+        k = load(k_at, key_offsets, near, V.head_dim, D)
         v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
         if V.has_bias:
             added = bias_in(table, entries, mask_of(windows, t, h, w, V), t, h, w, axes, V)
-            p = tl.exp2(biased(q, k, added, scale, V) - total[:, None])
+            p = tl.exp2(biased(q, q_rest, k, k_at, key_offsets, near, added, scale, V) - total[:, None])
         else:
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=V.precision) * scale - total[:, None])
+            p = tl.exp2(scored(q, q_rest, k, k_at, key_offsets, near, None, V) * scale - total[:, None])
             if V.masked:
                 if not is_full(t, h, w, tile, V):
                     p = tl.where(mask_of(windows, t, h, w, V), p, 0.0)
@@ -147,9 +152,10 @@ def query_gradients(
         for start in tl.range(0, valid, V.column_count):
             number = start + tl.arange(0, V.column_count)
             near = number < valid
-            k = load(key_at, number.to(tl.int64) * steps.more_key.w * V.unit, near, V.head_dim, D)
+            to_key = number.to(tl.int64) * steps.more_key.w * V.unit
+            k = load(key_at, to_key, near, V.head_dim, D)
             v = load(value_at, number.to(tl.int64) * steps.more_value.w * V.unit, near, V.head_dim_v, DV)
-            scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+            scores = scored(q, q_rest, k, key_at, to_key, near, None, V)
             p = tl.where(near[None, :], tl.exp2(scores * scale - total[:, None]), 0.0)
             ds = score_gradients(p, do, v, shift, V)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=V.precision)
@@ -203,7 +209,9 @@ def key_gradients(
     w = tile.w.first
     here = exist(ROWS, t, h, w, tile, V)
     at = vector_at(key, t, h, w, tile, tile.head, axes, steps.key, V)
-    k = load(at, vectors_in(ROWS, axes, steps.key, V), here, V.head_dim, D)
+    offsets = vectors_in(ROWS, axes, steps.key, V)
+    k = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
+    k_rest = load_rest(at, offsets, here, V) if V.is_halved else k
     at = vector_at(value, t, h, w, tile, tile.head, axes, steps.value, V)
     v = load(at, vectors_in(ROWS, axes, steps.value, V), here, V.head_dim_v, DV)
     query_offsets = vectors_in(COLUMNS, axes, steps.query, V)
@@ -226,15 +234,16 @@ def key_gradients(
         w = 0
         for _ in tl.range(0, boxes_of(tile, V)):
             near = columns_exist(t, h, w, tile, V)
-            q = load(moved(query_at, t, h, w, axes, steps.query, V), query_offsets, near, V.head_dim, D)
+            q_at = moved(query_at, t, h, w, axes, steps.query, V)
+            q = load(q_at, query_offsets, near, V.head_dim, D)
             do = load(moved(grad_at, t, h, w, axes, steps.grad_out, V), grad_offsets, near, V.head_dim_v, DV)
             total, shift = facts_of(fact_at + FACTS * tokens_on(t, h, w, axes).to(tl.int64), fact_offsets, near)
             if V.has_bias:
                 keep = mask_of(windows, t, h, w, V)
                 added = bias_in(table_of(bias, head, axes), entries, keep, t, h, w, axes, V)
-                p = tl.exp2(biased(k, q, added, scale, V) - total[None, :])
+                p = tl.exp2(biased(k, k_rest, q, q_at, query_offsets, near, added, scale, V) - total[None, :])
             else:
-                p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=V.precision) * scale - total[None, :])
+                p = tl.exp2(scored(k, k_rest, q, q_at, query_offsets, near, None, V) * scale - total[None, :])
                 if V.masked:
                     if not is_full(t, h, w, tile, V):
                         p = tl.where(mask_of(windows, t, h, w, V), p, 0.0)
@@ -288,7 +297,9 @@ def additional_gradients(
     valid = valid_additional(lengths, batch, additional)
     here = row < valid
     at = additional_at(more_key, batch, head_kv, steps.more_key, V)
-    k = load(at, row.to(tl.int64) * steps.more_key.w * V.unit, here, V.head_dim, D)
+    offsets = row.to(tl.int64) * steps.more_key.w * V.unit
+    k = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
+    k_rest = load_rest(at, offsets, here, V) if V.is_halved else k
     at = additional_at(more_value, batch, head_kv, steps.more_value, V)
     v = load(at, row.to(tl.int64) * steps.more_value.w * V.unit, here, V.head_dim_v, DV)
     dk = tl.zeros([R, D], tl.float32)
@@ -298,13 +309,14 @@ def additional_gradients(
         for start in tl.range(tl.program_id(1) * chunk, stop, V.column_count):
             number = start + tl.arange(0, V.column_count)
             near = number < stop
-            q = load(query, scattered(number, batch, head, axes, steps.query, V), near, V.head_dim, D)
+            to_query = scattered(number, batch, head, axes, steps.query, V)
+            q = load(query, to_query, near, V.head_dim, D)
             do = load(grad_out, scattered(number, batch, head, axes, steps.grad_out, V), near, V.head_dim_v, DV)
             place = (batch.to(tl.int64) * heads + head) * tokens + number
             # What is beyond the chunk has an infinite sum, hence no weight.
             total = tl.load(sums + place, mask=near, other=float("inf"))
             shift = tl.load(delta + place, mask=near, other=0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision=V.precision)
+            scores = scored(k, k_rest, q, query, to_query, near, None, V)
             p = tl.where(here[:, None], tl.exp2(scores * scale - total[None, :]), 0.0)
             dk, dv = add_key_gradients(p, q, do, v, -shift, dk, dv, V)
     batches = tl.num_programs(0) // (tiles * heads_kv)

@@ -15,8 +15,10 @@ from vicinal.backends.triton.tile import (
     entry_of,
     exist,
     load,
+    load_rest,
     mask_of,
     places,
+    scored,
     seen_stop,
     table_of,
     tile_at,
@@ -144,11 +146,12 @@ def bias_gradients(
                 more = here & (number + 1 < end)
                 next_total = tl.load(sums_at + in_tile, mask=more, other=0.0)
                 next_shift = tl.load(delta_at + in_tile, mask=more, other=0.0)
-                q = load(query_at, query_offsets, here, V.head_dim, D)
+                q = load(query_at, query_offsets, here, V.dim_at_once, V.depth_at_once)
+                q_rest = load_rest(query_at, query_offsets, here, V) if V.is_halved else q
                 k = load(key_at, key_offsets, near, V.head_dim, D)
                 do = load(grad_at, grad_offsets, here, V.head_dim_v, DV)
                 v = load(value_at, value_offsets, near, V.head_dim_v, DV)
-                scores = tl.dot(q, tl.trans(k), input_precision=V.precision)
+                scores = scored(q, q_rest, k, key_at, key_offsets, near, None, V)
                 p = tl.exp2(scores * scale + (added - total[:, None]))
                 acc += p * (tl.dot(do, tl.trans(v), input_precision=V.precision) - shift[:, None])
                 query_at += steps.query.batch * V.unit

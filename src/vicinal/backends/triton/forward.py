@@ -12,10 +12,12 @@ from vicinal.backends.triton.tile import (
     exist,
     is_full,
     load,
+    load_rest,
     mask_of,
     moved,
     next_box,
     row_entries,
+    scored,
     store,
     table_of,
     tile_of,
@@ -29,23 +31,6 @@ from vicinal.backends.triton.tile import (
 
 FLOOR = tl.constexpr(-1e20)
 """Lower bound of the running maximum, so that a row whose keys are all hidden so far stays finite."""
-
-
-@triton.jit
-def product(q, q_rest, at, offsets, near, added, V: tl.constexpr):
-    """`q k^T` for the keys at `at`, and what is added to it, if anything.
-
-    Tensor cores cut off what a sum does not hold. Of 256 float32 terms that comes to more than PyTorch loses, so there
-    each half, which `q` and `q_rest` are of the queries, is summed by itself.
-    """
-    D: tl.constexpr = V.depth_at_once
-    k = load(at, offsets, near, V.dim_at_once, D)
-    scores = tl.dot(q, tl.trans(k), added, input_precision=V.precision)
-    if V.is_halved:
-        k_rest = load(at + D, offsets, near, V.head_dim - D, D)
-        # Subtracted, because the compiler makes one sum of a product and what is added to it.
-        scores = scores - tl.dot(-q_rest, tl.trans(k_rest), input_precision=V.precision)
-    return scores
 
 
 @triton.jit
@@ -81,16 +66,15 @@ def forward(
     ROWS: tl.constexpr = V.rows
     COLUMNS: tl.constexpr = V.columns
     R: tl.constexpr = V.row_count
-    D: tl.constexpr = V.depth_at_once
+    D: tl.constexpr = V.depth
     DV: tl.constexpr = V.depth_v
     tile = tile_of(axes, heads, V)
     head_kv = tile.head // group
     here = exist(ROWS, tile.t.first, tile.h.first, tile.w.first, tile, V)
     at = vector_at(query, tile.t.first, tile.h.first, tile.w.first, tile, tile.head, axes, steps.query, V)
-    q = load(at, vectors_in(ROWS, axes, steps.query, V), here, V.dim_at_once, D)
-    q_rest = q
-    if V.is_halved:
-        q_rest = load(at + D, vectors_in(ROWS, axes, steps.query, V), here, V.head_dim - D, D)
+    offsets = vectors_in(ROWS, axes, steps.query, V)
+    q = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
+    q_rest = load_rest(at, offsets, here, V) if V.is_halved else q
     if V.is_signed:
         # Peaks need a positive scale, so its sign, or its absence, goes to the queries.
         sign = tl.where(scale < 0, -1.0, tl.where(scale > 0, 1.0, 0.0))
@@ -105,26 +89,32 @@ def forward(
     acc = tl.zeros([R, DV], tl.float32)
     peak = tl.full([R], FLOOR, tl.float32)
     total = tl.zeros([R], tl.float32)
+    unit = scale
     if V.has_bias:
         table = table_of(bias, tile.head, axes)
         entries = row_entries(tile, axes, V)
+        unit = 1.0 if V.adds_late else scale
     t = 0
     h = 0
     w = 0
     for _ in tl.range(0, boxes_of(tile, V)):
         near = columns_exist(t, h, w, tile, V)
         k_at = moved(key_at, t, h, w, axes, steps.key, V)
+        k = load(k_at, key_offsets, near, V.head_dim, D)
         if V.has_bias:
             # What the product begins with has the product's layout, in which a row's maximum is found by few threads.
             added = bias_in(table, entries, mask_of(windows, t, h, w, V), t, h, w, axes, V)
-            scores = product(q, q_rest, k_at, key_offsets, near, added * (1.0 / scale), V)
+            if V.adds_late:
+                scores = scored(q, q_rest, k, k_at, key_offsets, near, None, V) * scale + added
+            else:
+                scores = scored(q, q_rest, k, k_at, key_offsets, near, added * (1.0 / scale), V)
         else:
-            scores = product(q, q_rest, k_at, key_offsets, near, None, V)
+            scores = scored(q, q_rest, k, k_at, key_offsets, near, None, V)
         if V.masked and not V.has_bias:
             if not is_full(t, h, w, tile, V):
                 scores = tl.where(mask_of(windows, t, h, w, V), scores, float("-inf"))
         v = load(moved(value_at, t, h, w, axes, steps.value, V), value_offsets, near, V.head_dim_v, DV)
-        acc, peak, total = attend(scores, v, acc, peak, total, scale, V)
+        acc, peak, total = attend(scores, v, acc, peak, total, unit, V)
         t, h, w = next_box(t, h, w, tile, V)
     if V.has_additional:
         valid = valid_additional(lengths, tile.batch, additional)
@@ -133,8 +123,9 @@ def forward(
         number = tl.arange(0, V.column_count)
         for start in tl.range(0, valid, V.column_count):
             near = start + number < valid
-            offsets = (start + number).to(tl.int64) * steps.more_key.w * V.unit
-            scores = product(q, q_rest, key_at, offsets, near, None, V)
+            to_key = (start + number).to(tl.int64) * steps.more_key.w * V.unit
+            k = load(key_at, to_key, near, V.head_dim, D)
+            scores = scored(q, q_rest, k, key_at, to_key, near, None, V)
             scores = tl.where(near[None, :], scores, float("-inf"))
             v = load(value_at, (start + number).to(tl.int64) * steps.more_value.w * V.unit, near, V.head_dim_v, DV)
             acc, peak, total = attend(scores, v, acc, peak, total, scale, V)

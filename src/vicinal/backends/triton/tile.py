@@ -361,6 +361,28 @@ def load(start, offsets, here, DIM: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
+def load_rest(start, offsets, here, V: tl.constexpr):
+    """What the vectors of queries or keys hold beyond the elements of one product."""
+    return load(start + V.depth_at_once, offsets, here, V.head_dim - V.depth_at_once, V.depth_at_once)
+
+
+@triton.jit
+def scored(rows, rest, columns, at, offsets, here, added, V: tl.constexpr):
+    """Scores of rows and columns, one of them queries and the other keys, and what is added to them, or None.
+
+    Tensor cores cut off what a sum does not hold. Of 256 float32 terms that comes to more than PyTorch loses, so there
+    each half, which `rows` and `rest` are of rows, is summed by itself; columns are read again, from `at`.
+    """
+    if V.is_halved:
+        first = load(at, offsets, here, V.depth_at_once, V.depth_at_once)
+        scores = tl.dot(rows, tl.trans(first), added, input_precision=V.precision)
+        # Subtracted, because the compiler makes one sum of a product and what is added to it.
+        return scores - tl.dot(-rest, tl.trans(load_rest(at, offsets, here, V)), input_precision=V.precision)
+    else:
+        return tl.dot(rows, tl.trans(columns), added, input_precision=V.precision)
+
+
+@triton.jit
 def store(start, offsets, here, vectors, DIM: tl.constexpr, DEPTH: tl.constexpr):
     """The way back."""
     d = tl.arange(0, DEPTH)

@@ -136,6 +136,11 @@ class Variant:
         return min(self.head_dim, self.depth_at_once)
 
     @property
+    def adds_late(self) -> bool:
+        """Whether a position bias is added to scaled scores, rather than being what a product begins with."""
+        return self.dtype == "float32"
+
+    @property
     def are_keys(self) -> bool:
         """Whether rows are keys."""
         return self.kernel.startswith("keys")
