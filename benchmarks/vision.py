@@ -121,36 +121,43 @@ CONTENDERS: dict[str, Callable[[str, int], nn.Module]] = {
 }
 
 
+def batch_of(size: str, px: int, what: str) -> int:
+    return BATCH[size, px] // (1 if what == "inference" else 2)
+
+
 WAYS = {"dinat": ("triton",), "dinat-unbiased": ("hopper", "triton"), "dinat-flex": ("flex",)}
 """How a contender's layers can compute."""
 
 
-def check(name: str, size: str, px: int) -> None:
+def check(name: str, size: str, px: int, what: str) -> None:
     """All ways to compute a contender give its logits and gradients in bfloat16 as well as plain PyTorch does.
 
-    Held against float32: the norm of the error may be twice that of plain PyTorch in bfloat16.
+    Held against float32: the norm of the error may be twice that of plain PyTorch in bfloat16. FlexAttention is asked
+    in the batch that is timed, since it is compiled for it.
     """
     torch.manual_seed(0)
     model = CONTENDERS["dinat-unbiased" if name == "dinat-unbiased" else "dinat"](size, px).cuda().eval()
     images = torch.randn(2, 3, px, px, device="cuda")
     layers = [layer for layer in model.modules() if isinstance(layer, PaddedNeighborhoodAttention2D)]
-    watched = [parameter for key, parameter in model.named_parameters() if "rpb" in key or "qkv.weight" in key]
+    keys = ("rpb", "qkv.weight") if what == "training" else ()
+    watched = [parameter for path, parameter in model.named_parameters() if any(key in path for key in keys)]
 
     def solved(way: str, autocast: bool = True) -> list[Tensor]:
         for layer in layers:
             layer.backend = None if way == "flex" else way
             layer.__class__ = FlexWindows if way == "flex" else PaddedNeighborhoodAttention2D
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            logits = model(images)
-        return [logits.float(), *torch.autograd.grad(logits.float().square().sum(), watched)]
+        times = batch_of(size, px, what) // len(images) if way == "flex" else 1
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(what == "training"):
+            logits = model(images.repeat(times, 1, 1, 1))[: len(images)].float()
+        return [logits, *(torch.autograd.grad(logits.square().sum(), watched) if watched else ())]
 
     truth = solved("reference", False)
     plain = [float((a - b).detach().norm()) for a, b in zip(solved("reference"), truth, strict=True)]
     for way in WAYS[name]:
         errors = [float((a - b).detach().norm()) for a, b in zip(solved(way), truth, strict=True)]
         worst = max(error / max(allowed, 1e-30) for error, allowed in zip(errors, plain, strict=True))
-        size = errors[0] / float(truth[0].detach().norm())
-        print(f"{name} by {way}: logits off by {size:.1e}, at most {worst:.2f} times plain PyTorch's error", flush=True)
+        apart = errors[0] / float(truth[0].detach().norm())
+        print(f"{name} by {way}: logits off by {apart:.1e}, at most {worst:.2f} times PyTorch's error", flush=True)
         assert worst < 2, (errors, plain)
 
 
@@ -215,7 +222,7 @@ def training(model: nn.Module, images: Tensor) -> Callable[[], Any]:
 def prepared(name: str, size: str, px: int, what: str, modes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is known of a contender, and a function to time for each mode, run twice already."""
     model = CONTENDERS[name](size, px).cuda()
-    batch = BATCH[size, px] // (1 if what == "inference" else 2)
+    batch = batch_of(size, px, what)
     images = torch.randn(batch, 3, px, px, device="cuda")
     if name == "convnext":
         images = images.to(memory_format=torch.channels_last)
@@ -249,7 +256,7 @@ def contend(rank: int, case: str, names: list[str], modes: list[str], table: str
     facts, runs, label = {}, {}, f"{name} {case}"
     try:
         if name in WAYS:
-            check(name, size, int(px))
+            check(name, size, int(px), what)
         facts, runs = prepared(name, size, int(px), what, modes)
     except Exception as error:
         print(label, "failed:", repr(error)[:300])
