@@ -179,6 +179,7 @@ def save(path: Path, device: str, entries: dict[Key, Entry]) -> None:
         fields["untuned_milliseconds"] = round(entry.untuned_milliseconds, 5)
         backends.setdefault(backend, {}).setdefault(what, {})[words] = fields
     text = json.dumps({"format": FORMAT, "device": device, "versions": versions(), "backends": backends}, indent=1)
+    text = re.sub(r"\[[\d,\s]+\]", lambda sizes: " ".join(sizes[0].split()), text)  # for people: boxes in one line
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(text.encode() + b"\n"))
 

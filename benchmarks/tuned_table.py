@@ -1,0 +1,90 @@
+"""The table of tuned choices that the package ships for a device: `tuned_table.py TABLE.json --suite h100-forward ...`.
+
+Each problem of the suites is tuned for the backend that it would run on, as `vicinal tune` does, and what gains enough
+is kept, beside what the file has already. Kernels are compiled before that by several processes, on the first GPU;
+times are taken on the last one, which is left alone if there are two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from vicinal import backends, tuned, tuning
+from vicinal.bench import specs
+from vicinal.errors import Unsupported
+from vicinal.problem import Problem
+
+PARTS = 4
+"""Processes that compile for one problem."""
+
+
+def gradients_of(problem: Problem, device: str) -> bool:
+    """Whether the backend that runs a problem differentiates it, too."""
+    hardware = backends.present(torch.device(device))
+    return not backends.choose(problem, hardware, None).why_not_gradients(problem, hardware)
+
+
+def compile_part(problem: Problem, device: str, gradients: bool, part: int) -> None:
+    """Run a part of each pass's choices once: then their kernels lie in the compiler's cache."""
+    torch.set_num_threads(1)
+    place = torch.device(device)
+    hardware = backends.present(place)
+    chosen = backends.choose(problem, hardware, None)
+    inputs = tuning._numbers(problem, place)
+    grad_out = torch.randn(*inputs.query.shape[:-1], problem.head_dim_v, dtype=inputs.query.dtype, device=place)
+    for what in tuning._passes(chosen, gradients):
+        key = chosen.name, what, tuned.fingerprint(problem)
+        for choice in tuning.choices(chosen, what, problem, hardware)[part::PARTS]:
+            try:
+                tuning._step(chosen, what, problem, hardware, inputs, grad_out, {key: choice})()
+                tuning._wait(place)
+            except Unsupported:
+                continue
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--suite", action="append", required=True, help="of `vicinal bench`; may be repeated")
+    parser.add_argument("--only", default="", help="names of cases, with | between them")
+    parser.add_argument("--forward", action="store_true", help="leave the backward pass out")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--jobs", type=int, default=14, help="processes that compile")
+    parser.add_argument("--gain", type=float, default=0.03, help="the least that a choice must gain to be kept")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no problem is begun after that many")
+    asked = parser.parse_args()
+    count = torch.cuda.device_count() if asked.device == "cuda" else 0
+    first, last = ("cuda:0", f"cuda:{count - 1}") if count else (asked.device, asked.device)
+    names = asked.only.split("|")
+    cases = [case for suite in asked.suite for case in specs.suite(suite) if not asked.only or case.name in names]
+    problems = {case.problem: not asked.forward and gradients_of(case.problem, last) for case in cases}
+    kept = tuned.load(asked.table) if asked.table.exists() else {}
+    began = time.time()
+    with ProcessPoolExecutor(asked.jobs, mp_context=get_context("spawn")) as pool:
+        compiling = {
+            problem: [pool.submit(compile_part, problem, first, gradients, part) for part in range(PARTS)]
+            for problem, gradients in problems.items()
+        }
+        for problem, gradients in problems.items():
+            if time.time() - began > asked.seconds:
+                print(f"no time for {problem}", flush=True)
+                continue
+            for part in compiling[problem]:
+                if part.exception() is not None:
+                    print(f"{problem}: {part.exception()!r}"[:300], flush=True)
+            for found in tuning.tune(problem, device=last, gradients=gradients, keep=False):
+                print(f"{problem}: {found}", flush=True)
+                if found.entry.milliseconds <= (1 - asked.gain) * found.entry.untuned_milliseconds:
+                    kept[found.backend, found.what, tuned.fingerprint(problem)] = found.entry
+            tuned.save(asked.table, backends.present(torch.device(last)).name, kept)
+        pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()
