@@ -373,15 +373,42 @@ def test_a_causal_axis_never_reads_the_bias_of_later_keys():
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("length", [-1, 4])
-def test_lengths_beyond_the_additional_keys_count_what_there_is_or_are_refused(length: int):
-    """Values are not read at the door; whatever becomes of such a length must not be garbage."""
-    query, key, value = qkv(1, 6)
-    extra = {"additional_keys": torch.randn(1, 3, 2, 8), "additional_values": torch.randn(1, 3, 2, 6)}
-    clamped = torch.tensor([min(max(length, 0), 3)])
-    wanted = neighborhood_attention(query, key, value, kernel_size=3, **extra, additional_lengths=clamped)
-    got = neighborhood_attention(query, key, value, kernel_size=3, **extra, additional_lengths=torch.tensor([length]))
+@pytest.mark.parametrize("backend", ["fused", "blocked", "reference"])
+@pytest.mark.parametrize("length", [-1, 0, 3, 4])
+def test_lengths_beyond_the_additional_keys_count_what_there_is(backend: str, length: int):
+    query, key, _ = qkv(1, 6)
+    extra = torch.randn(1, 3, 2, 8)
+    count = min(max(length, 0), 3)
+    wanted = attention_with_lse(
+        *(query, key, key, 3), additional_keys=extra[:, :count], additional_values=extra[:, :count], backend=backend
+    )
+    lengths = torch.tensor([length])
+    got = attention_with_lse(
+        *(query, key, key, 3),
+        additional_keys=extra,
+        additional_values=extra,
+        additional_lengths=lengths,
+        backend=backend,
+    )
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("backend", ["fused", "blocked", "reference"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "additional_keys", "additional_values"])
+def test_elements_of_a_head_may_lie_apart(backend: str, name: str):
+    """In float32, which no conversion copies."""
+    query, key, _ = qkv(2, 5, 7)
+    extra = torch.randn(2, 3, 2, 8)
+    tensors = {"query": query, "key": key, "value": key, "additional_keys": extra, "additional_values": extra}
+    wanted = neighborhood_attention(**tensors, kernel_size=3, backend=backend)
+    apart = torch.stack([tensors[name], torch.full_like(tensors[name], torch.nan)], -1)[..., 0]
+    got = neighborhood_attention(**{**tensors, name: apart}, kernel_size=3, backend=backend)
+    torch.testing.assert_close(got, wanted)
+    alike = tensors[name][..., :1].expand_as(tensors[name])
+    wanted = neighborhood_attention(**{**tensors, name: alike.contiguous()}, kernel_size=3, backend=backend)
+    torch.testing.assert_close(
+        neighborhood_attention(**{**tensors, name: alike}, kernel_size=3, backend=backend), wanted
+    )
 
 
 def test_an_unnamed_derivative_is_refused_in_a_sentence():

@@ -150,8 +150,10 @@ def make_inputs(problem: Problem, device: torch.device, seed: int, *, quickly: b
     keys, values = draw(*extra, problem.head_dim), draw(*extra, problem.head_dim_v)
     if seed % 2 == 0:
         return Inputs(query, key, value, keys, values, None, bias)
-    lengths = torch.randint(0, problem.additional + 1, (problem.batch,), generator=generator(seed))
-    lengths[: min(problem.batch, 2)] = torch.tensor([0, problem.additional])[: problem.batch]  # the two extremes
+    # The two extremes, and what lies beyond them, which counts as they do.
+    lengths = torch.randint(-1, problem.additional + 2, (problem.batch,), generator=generator(seed))
+    extremes = torch.tensor([0, problem.additional]) + torch.tensor([-1, 1]) * (seed // 2 % 2)
+    lengths[: min(problem.batch, 2)] = extremes[: problem.batch]
     return Inputs(query, key, value, keys, values, lengths.roll(seed // 2).to(device), bias)
 
 

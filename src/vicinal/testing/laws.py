@@ -80,7 +80,7 @@ def _count(problem: Problem, inputs: Inputs) -> Tensor:
     """Keys that each query sees, `[B, N, 1]`."""
     count = mask(problem, torch.arange(problem.tokens, device=inputs.query.device)).sum(1)[None, :, None]
     if inputs.additional_lengths is not None:
-        return count + inputs.additional_lengths[:, None, None]
+        return count + inputs.additional_lengths.clamp(0, problem.additional)[:, None, None]
     return count + problem.additional
 
 

@@ -67,13 +67,14 @@ def add_additional(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -
     *pairs, mask = additional
     groups = problem.heads // problem.heads_kv
     query = inputs.query.flatten(1, problem.rank).transpose(1, 2).to(lse.dtype)  # [B, H, N, D]
+    query = query if query.stride(-1) == 1 else query.contiguous()  # the kernel believes so, and does not look
     keys, values = (pair.to(lse.dtype).transpose(1, 2).repeat_interleave(groups, 1) for pair in pairs)
     there, lse_there = _attend(
         query, keys, values, attn_mask=None if mask is None else mask[:, None, None], scale=problem.scale
     )
     there, lse_there = there.transpose(1, 2).reshape(out.shape), lse_there.transpose(1, 2).reshape(lse.shape)
     if inputs.additional_lengths is not None:
-        nobody = (inputs.additional_lengths == 0).nonzero().flatten()
+        nobody = (inputs.additional_lengths <= 0).nonzero().flatten()
         there[nobody], lse_there[nobody] = 0, -torch.inf
     both = torch.logaddexp(lse, lse_there)
     out.mul_((lse - both).exp_()[..., None]).addcmul_(there, (lse_there - both).exp_()[..., None])
