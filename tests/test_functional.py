@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -299,6 +300,10 @@ def test_natten_tiles_are_a_tiling_and_come_together():
         ),
         ({"query": torch.zeros(2, 5, 7, 4, 8).to_sparse()}, "query is a sparse tensor"),
         ({"query": torch.zeros(7, 4, 8)}, "query"),
+        ({"query": None}, "query must be a tensor, got NoneType"),
+        ({"query": torch.zeros(2, 5, 7, 4, 8).numpy()}, "query must be a tensor, got ndarray"),
+        ({"value": torch.zeros(2, 5, 7, 2, 6).numpy()}, "value must be a tensor, got ndarray"),
+        ({"query": torch.zeros(2, 5, 7, 4, 8).to_mkldnn()}, "query is a mkldnn tensor; pass a dense one"),
         ({"key": torch.zeros(2, 5, 7, 2, 8).half()}, "key and query must share one dtype, got float16 and float32"),
         ({"key": torch.zeros(2, 5, 7, 2, 8, device="meta")}, "key and query must share one device, got meta and cpu"),
         ({"key": torch.zeros(2, 5, 6, 2, 8)}, "key must have query's batch and grid (2, 5, 7)"),
@@ -327,7 +332,7 @@ def test_bad_arguments_are_refused_before_anything_runs(
     call: Callable[..., Any], changes: dict[str, Any], message: str
 ):
     if call is na2d and (
-        {"additional_lengths", "position_bias"} & set(changes) or changes.get("query", torch.zeros(5 * [1])).ndim != 5
+        {"additional_lengths", "position_bias"} & set(changes) or getattr(changes.get("query"), "ndim", 5) != 5
     ):
         pytest.skip(
             "NATTEN's signature has no additional lengths and no bias, and its names have their own message on rank"
@@ -340,6 +345,38 @@ def test_bad_arguments_are_refused_before_anything_runs(
     }
     with refused(message):
         call(**{**fine, **changes})
+
+
+@pytest.mark.parametrize("tiling", [(8, 8), "8x8"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_tiling_is_a_tiling(tiling: Any, watched: bool):
+    query, key, value = qkv(1, 9)
+    with refused(f"tiling must be a Tiling, got {tiling!r}"), torch.profiler.profile() if watched else nullcontext():
+        neighborhood_attention(query, key, value, 3, tiling=tiling)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_calls_refuse_nested_tensors():
+    nested = torch.nested.nested_tensor([torch.zeros(5, 4, 8), torch.zeros(7, 4, 8)])
+    with refused("query is a nested tensor; pass a dense one, padded or one grid at a time"):
+        neighborhood_attention(nested, nested, nested, 3)
+
+
+def test_any_sequence_holds_one_value_per_axis():
+    """As configuration files give them; watched calls, too, which spell settings out for the operator."""
+    query, key, value = qkv(1, 5, 7)
+    wanted = neighborhood_attention(query, key, value, (3, 5))
+    for watched in (False, True):
+        with torch.profiler.profile() if watched else nullcontext():
+            got = neighborhood_attention(query, key, value, range(3, 6, 2))
+        assert torch.equal(got, wanted)
+
+
+def test_merging_takes_stacked_parts():
+    query, key, value = qkv(1, 9)
+    out, lse = attention_with_lse(query, key, value, 3)
+    merged = merge_attentions(torch.stack([out, out]), torch.stack([lse, lse]))
+    torch.testing.assert_close(merged.out, out)
 
 
 @pytest.mark.parametrize("backend", ["blocked", "reference"])

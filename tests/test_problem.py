@@ -159,6 +159,11 @@ def test_a_window_that_does_not_fit_names_the_axis_and_the_numbers():
         ({"heads": 5, "heads_kv": 2}, "query heads must be a multiple of key/value heads, got 5 and 2"),
         ({"head_dim_v": 0}, "head_dim_v must be at least 1, got 0"),
         ({"batch": -1}, "batch must not be negative, got -1"),
+        ({"heads": 2.0}, "heads must be an integer, got 2.0"),
+        ({"batch": "1"}, "batch must be an integer, got '1'"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"head_dim": "64"}, "head_dim must be an integer, got '64'"),
+        ({"scale": "half"}, "scale must be a finite number, got 'half'"),
         ({"additional": -1}, "additional must not be negative, got -1"),
         ({"dtype": "int8"}, "dtype must be one of float16, bfloat16, float32, float64, got int8"),
         ({"shape": (8, 0)}, "a spatial axis must hold at least one token, got length 0"),
@@ -236,9 +241,19 @@ def test_a_bad_number_is_refused(arguments: dict[str, Any], message: str):
         ),
         (
             {**extra(), "additional_lengths": torch.tensor([1.0, 2.0])},
-            "additional_lengths must be a tensor of integers, got torch.float32",
+            "additional_lengths must be a tensor of integers (int8 to int64, or uint8), got torch.float32",
         ),
-        ({**extra(), "additional_lengths": [1, 2]}, "additional_lengths must be a tensor of integers, got [1, 2]"),
+        (
+            {**extra(), "additional_lengths": torch.tensor([1, 2], dtype=torch.uint32)},
+            "additional_lengths must be a tensor of integers (int8 to int64, or uint8), got torch.uint32",
+        ),
+        ({**extra(), "additional_lengths": [1, 2]}, "additional_lengths must be a tensor of integers"),
+        (
+            {"query": torch.zeros(2, 5, 7, 4, 0), "key": torch.zeros(2, 5, 7, 2, 0)},
+            "head_dim must be at least 1, got 0",
+        ),
+        ({"kernel_size": torch.tensor([3, 3])}, "kernel_size must be an integer or a tuple of them"),
+        ({"scale": 10**400}, "scale must be a finite number, got 1000"),
         (
             {**extra(), "additional_lengths": torch.tensor([1, 2, 3])},
             "additional_lengths must hold one length per batch row, shape (2,), got (3,)",

@@ -42,19 +42,21 @@ def settled(
         InvalidProblem, Unsupported: as `vicinal.neighborhood_attention`.
     """
     query, key, value, *extra = inputs
-    kind = (  # spelled out, since a loop would take longer than the lookup
-        query.shape, query.dtype, query.device, query.layout,
-        key.shape, key.dtype, key.device, key.layout,
-        value.shape, value.dtype, value.device, value.layout,
-        id(backends.ALL), tuned.epoch, needs_grad,
-        _spelled(settings),
-        backend or os.environ.get(backends.VARIABLE),
-        tiling,
-        *[tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in extra],
-    )  # fmt: skip
     try:
+        kind = (  # spelled out, since a loop would take longer than the lookup
+            query.shape, query.dtype, query.device, query.layout,
+            key.shape, key.dtype, key.device, key.layout,
+            value.shape, value.dtype, value.device, value.layout,
+            id(backends.ALL), tuned.epoch, needs_grad,
+            _spelled(settings),
+            backend or os.environ.get(backends.VARIABLE),
+            tiling,
+            *[tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+              for tensor in extra],
+        )  # fmt: skip
         found = _known.get(kind)
-    except TypeError:  # not hashable: symbolic sizes, or what is no setting either, as the next line will say
+    except (TypeError, RuntimeError):
+        # Symbolic sizes, which have no hash. Or what is no setting, or nested tensors: the next line will say so.
         return tuning.settle(inputs.problem(settings), query.device, backend, tiling, needs_grad=needs_grad)
     if found is None:
         found = tuning.settle(inputs.problem(settings), query.device, backend, tiling, needs_grad=needs_grad)

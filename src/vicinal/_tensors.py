@@ -16,8 +16,9 @@ def check_tensor(name: str, tensor: Any, query: Any, *, may_be_wider: bool = Fal
         raise InvalidProblem(f"{name} is a nested tensor; pass a dense one, padded or one grid at a time")
     if not (hasattr(tensor, "shape") and hasattr(tensor, "dtype")):
         raise InvalidProblem(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if "sparse" in str(getattr(tensor, "layout", "")):
-        raise InvalidProblem(f"{name} is a sparse tensor; pass a dense one, for example {name}.to_dense()")
+    if (layout := str(getattr(tensor, "layout", "strided")).removeprefix("torch.")) != "strided":
+        kind = "sparse" if "sparse" in layout else layout.strip("_")
+        raise InvalidProblem(f"{name} is a {kind} tensor; pass a dense one, for example {name}.to_dense()")
     if dtype_of(tensor) not in FLOATS:
         raise InvalidProblem(f"{name} must have one of the dtypes {', '.join(FLOATS)}, got {dtype_of(tensor)}")
     for what, here, there in (
@@ -56,9 +57,11 @@ def check_additional(query: Any, key: Any, value: Any, keys: Any, values: Any, l
             )
     if lengths is None:
         return
-    if not (hasattr(lengths, "dtype") and dtype_of(lengths).removeprefix("u") in ("int8", "int16", "int32", "int64")):
+    # PyTorch compares no wider unsigned integers with others.
+    if not (hasattr(lengths, "dtype") and dtype_of(lengths) in ("uint8", "int8", "int16", "int32", "int64")):
         raise InvalidProblem(
-            f"additional_lengths must be a tensor of integers, got {getattr(lengths, 'dtype', lengths)!r}"
+            "additional_lengths must be a tensor of integers (int8 to int64, or uint8), "
+            f"got {getattr(lengths, 'dtype', lengths)!r}"
         )
     if tuple(lengths.shape) != (query.shape[0],):
         raise InvalidProblem(

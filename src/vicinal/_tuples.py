@@ -1,4 +1,4 @@
-"""The three helpers that every floor shares."""
+"""The helpers that every floor shares."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -44,7 +44,15 @@ _KINDS = {int: "an integer", bool: "a bool"}
 
 
 def _is(value: Any, kind: type) -> bool:
-    if kind is bool:
-        return isinstance(value, bool)
-    # Accept whatever counts as an index (numpy and symbolic integers), but never a bool in disguise.
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return isinstance(value, bool) if kind is bool else is_integer(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it counts as an integer.
+
+    Example:
+        >>> is_integer(7), is_integer(7.0), is_integer(True)
+        (True, False, False)
+    """
+    # Accept whatever counts as an index (numpy and symbolic integers), but never a bool in disguise, nor an array.
+    return hasattr(value, "__index__") and not isinstance(value, bool) and not getattr(value, "ndim", 0)

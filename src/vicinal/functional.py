@@ -197,7 +197,7 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Atten
         >>> torch.allclose(merged.out, near.out)
         True
     """
-    if not outputs or len(outputs) != len(lses):
+    if not len(outputs) or len(outputs) != len(lses):
         raise InvalidProblem(
             f"outputs and lses must be as many and at least one each, got {len(outputs)} outputs and {len(lses)} lses"
         )
@@ -246,7 +246,7 @@ def _natten(rank: int, example: str):
         torch_compile: bool = False,
         return_lse: bool = False,
     ) -> Tensor | AttentionOutput:
-        if query.ndim != rank + 3:
+        if getattr(query, "ndim", rank + 3) != rank + 3:  # what is no tensor is refused below
             raise InvalidProblem(
                 f"na{rank}d takes query as [B, *S, H, D] with {rank} spatial axes, so of rank {rank + 3}, "
                 f"got shape {tuple(query.shape)}"
@@ -303,7 +303,7 @@ na3d = _natten(3, "5, 6, 8")
 
 def each(value: Any, rank: int) -> list[Any]:
     """One value per axis, as an operator's schema wants them."""
-    return list(value) if isinstance(value, (tuple, list)) else [value] * rank
+    return list(value) if isinstance(value, Sequence) else [value] * rank
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:

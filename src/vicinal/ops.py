@@ -15,6 +15,7 @@ from torch import Tensor
 from vicinal._calls import outside_autocast, settled
 from vicinal._eager import is_plain
 from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
+from vicinal.errors import InvalidProblem
 from vicinal.plan import Plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
@@ -27,6 +28,8 @@ except ImportError:
 
 def encode(tiling: Tiling | None) -> list[int]:
     """A tiling as integers, for a schema: query tile, KV tile, 1 if origins are free. Empty for `None`."""
+    if tiling is not None and not isinstance(tiling, Tiling):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidProblem(f"tiling must be a Tiling, got {tiling!r}")
     return [] if tiling is None else [*tiling.q_tile, *tiling.kv_tile, tiling.kv_origin == "free"]
 
 

@@ -236,6 +236,8 @@ def make_plan(problem: Problem, tiling: Tiling) -> Plan:
         ···███    ··███
         ···███
     """
+    if not isinstance(tiling, Tiling):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidProblem(f"tiling must be a Tiling, got {tiling!r}")
     if len(tiling.q_tile) != problem.rank:
         raise InvalidProblem(
             f"tiling must have one number per axis: the grid {problem.shape} has {problem.rank}, "

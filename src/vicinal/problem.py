@@ -8,12 +8,14 @@ from functools import lru_cache
 from typing import Any
 
 from vicinal._tensors import FLOATS, check_additional, check_bias, check_shapes, check_tensor, dtype_of
-from vicinal._tuples import canonical, ceil_div, times
+from vicinal._tuples import canonical, ceil_div, is_integer, times
 from vicinal.errors import InvalidProblem
 from vicinal.window import viewers, window
 
 WHOLE = -1
 """As a kernel size: the whole axis, however long it is."""
+
+_SIZES = ("heads", "heads_kv", "head_dim", "head_dim_v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +128,13 @@ class Problem:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 3:
             raise InvalidProblem(f"a grid has 1, 2 or 3 spatial axes, got {self.rank}")
-        if self.batch < 0:
-            raise InvalidProblem(f"batch must not be negative, got {self.batch}")
-        for name in ("heads", "heads_kv", "head_dim", "head_dim_v"):
+        for name in ("batch", "additional", *_SIZES):
+            if not is_integer(getattr(self, name)):
+                raise InvalidProblem(f"{name} must be an integer, got {getattr(self, name)!r}")
+        for name in ("batch", "additional"):
+            if getattr(self, name) < 0:
+                raise InvalidProblem(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in _SIZES:
             if getattr(self, name) < 1:
                 raise InvalidProblem(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.heads % self.heads_kv:
@@ -137,10 +143,8 @@ class Problem:
             )
         if self.dtype not in FLOATS:
             raise InvalidProblem(f"dtype must be one of {', '.join(FLOATS)}, got {self.dtype}")
-        if not math.isfinite(self.scale):
+        if not math.isfinite(_number("scale", self.scale)):
             raise InvalidProblem(f"scale must be a finite number, got {self.scale}")
-        if self.additional < 0:
-            raise InvalidProblem(f"additional must not be negative, got {self.additional}")
 
     @classmethod
     def grid(cls, shape: tuple[int, ...], kernel_size: Any, **fields: Any) -> Problem:
@@ -166,10 +170,11 @@ class Problem:
             fields.pop("dilation", 1),
             fields.pop("is_causal", False),
         )
+        head_dim = fields.get("head_dim", 64)
         fields.setdefault("heads_kv", fields.get("heads", 1))
-        fields.setdefault("head_dim_v", fields.get("head_dim", 64))
+        fields.setdefault("head_dim_v", head_dim)
         if fields.get("scale") is None:
-            fields["scale"] = fields.get("head_dim", 64) ** -0.5
+            fields["scale"] = _default_scale(head_dim)
         return cls(axes, **fields)
 
     @classmethod
@@ -227,7 +232,7 @@ class Problem:
             head_dim=head_dim,
             head_dim_v=value.shape[-1],
             dtype=dtype_of(query),
-            scale=head_dim**-0.5 if scale is None else _number("scale", scale),
+            scale=_default_scale(head_dim) if scale is None else _number("scale", scale),
             additional=0 if additional_keys is None else additional_keys.shape[1],
             position_bias=position_bias is not None,
         )
@@ -325,8 +330,13 @@ def make_axes(shape: tuple[int, ...], kernel_size: Any, stride: Any, dilation: A
     )
 
 
+def _default_scale(head_dim: Any) -> float:
+    """What `None` stands for; any number where heads are empty, or no integers, as `Problem` will say."""
+    return head_dim**-0.5 if is_integer(head_dim) and head_dim > 0 else 1.0
+
+
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidProblem(f"{name} must be a finite number, got {value!r}") from None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from vicinal.errors import Unsupported
+from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -32,8 +32,11 @@ class Inputs(NamedTuple):
             settings: arguments of `Problem.of`, by name.
 
         Raises:
-            InvalidProblem: as `Problem.of`.
+            InvalidProblem: as `Problem.of`, which takes other libraries' arrays, too; here they are refused.
         """
+        for name, given in self._asdict().items():
+            if hasattr(given, "dtype") and not isinstance(given, Tensor):
+                raise InvalidProblem(f"{name} must be a tensor, got {type(given).__name__}")
         return Problem.of(**self._asdict(), **settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ class NeighborhoodAttention3D(NeighborhoodAttention):
 
 def _rank(rank: int | None, windows: dict[str, Any]) -> int:
     """The number of axes that the arguments speak of."""
-    ranks = {name: len(value) for name, value in windows.items() if isinstance(value, (tuple, list))}
+    ranks = {name: len(value) for name, value in windows.items() if isinstance(value, Sequence)}
     if rank is not None:
         ranks = {"rank": rank} | ranks
     if not ranks:

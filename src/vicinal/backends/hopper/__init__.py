@@ -47,8 +47,9 @@ class Hopper:
     def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Every reason, as a sentence part, why this backend will not run the problem there."""
         major, minor = hardware.arch
+        here = f"{hardware.kind} sm_{major}{minor}" if hardware.kind == "cuda" else hardware.kind
         facts = (
-            (hardware.kind == "cuda" and major == 9, f"needs sm_90, this is {hardware.kind} sm_{major}{minor}"),
+            (hardware.kind == "cuda" and major == 9, f"needs sm_90, this is {here}"),
             (problem.dtype in ("float16", "bfloat16"), f"computes in 16 bits only, got {problem.dtype}"),
             (problem.head_dim in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}, got {problem.head_dim}"),
             (
