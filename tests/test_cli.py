@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,9 +61,11 @@ def test_help_names_every_command():
         "suggest",
         "check",
         "tune",
+        "train",
         "bench",
         "plot",
         "e2e",
+        "generate",
         "natten-kernel",
         "doctor",
     ]:
@@ -316,6 +319,21 @@ def test_demo_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("check --device nonsense", "device must be one that this machine has, such as cpu, got 'nonsense'"),
         ("bench --suite nonsense", "suite must be one of"),
         ("bench --seconds 0", "seconds must be above 0"),
+        ("bench --seconds nan", "seconds must be above 0 and finite, threads at least 1, got nan and 2"),
+        ("bench --save in.png", "save must be a folder, got the file 'in.png'"),
+        ("check --device meta", "device must be one that this machine has, such as cpu, got 'meta'"),
+        ("explain 30x40 -k 3 --head-dim 0", "head_dim must be at least 1, got 0"),
+        ("suggest 30x99999999999999999999 --sparsity 0.9", "grid must hold at most 134,217,728 tokens per axis"),
+        ("simulate 99999999999999999999 -k 3", "grid must hold at most 134,217,728 tokens per axis"),
+        ("plot speedups 1 --out a.png", "a grid of a single tile leaves no window to try"),
+        ("plot plan 30x40 -k 3 --out ..", "path must end in .png or .svg"),
+        ("plot steps in.png --out a.png", "in.png cannot be read as a table of whole models"),
+        ("plot steps empty.png --out a.png", "empty.png cannot be read as a table of whole models: it has no rows"),
+        ("e2e flux --csv in.png", "in.png is no table; name another file"),
+        ("e2e flux --csv no/a.csv", "the table must be a file in a folder that exists, got 'no/a.csv'"),
+        ("e2e flux --out a.pdf", "path must end in .png or .svg, got a.pdf"),
+        ("generate . --prompt x -k 3 --steps 0", "steps must be at least 1, got 0"),
+        ("generate . --prompt x -k 3 --size 0x9", "size must be ROWSxCOLUMNS or FRAMESxROWSxCOLUMNS"),
         (
             "plot nonsense 3x4 --out a.png",
             "kind must be one of windows, plan, speedups, benchmark, steps, got 'nonsense'",
@@ -325,13 +343,20 @@ def test_demo_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("plot benchmark missing.csv --out a.png", "missing.csv cannot be read"),
         ("demo --picture nobody --out a.png", "picture must be one of astronaut"),
         ("demo --sigma 0", "sigma must be above 0"),
+        ("demo --sigma 1e300", "sigma must be above 0 and at most 1e6"),
+        ("demo --seed -1", "seed must not be negative, got -1"),
         ("demo --out a.txt", "out must end in .png"),
         ("denoise missing.png out.png", "input must exist, got 'missing.png'"),
         ("denoise in.png no/out.png", "output must lie in a folder that exists, got 'no/out.png'"),
         ("denoise in.png out.gif", "output must end in one of"),
         ("denoise empty.png out.png", "input must hold a picture, got the empty file 'empty.png'"),
         ("denoise in.png out.png --patch-size 4", "patch_size must be odd"),
-        ("denoise in.png out.png --memory 0", "memory_bytes must hold at least"),
+        ("denoise in.png out.png --memory 0", "memory must be a finite number of GiB above 0, got 0.0"),
+        ("denoise in.png out.png --memory nan", "memory must be a finite number of GiB above 0, got nan"),
+        ("denoise in.png out.png --memory 1e-9", "memory_bytes must hold at least"),
+        ("denoise in.png out.png --sigma 0", "strength must be given where sigma is 0"),
+        ("denoise in.png out.png --strength 0", "strength must be a finite number above 0, got 0.0"),
+        ("denoise in.png out.png --sigma 1e-30", "h must be at least a billionth of the image's range"),
         ("denoise in.png out.png --sigma many", "Invalid value for '--sigma'"),
         ("denoise in.png", "Missing argument 'OUT'"),
         ("nonsense", "No such command 'nonsense'"),
@@ -344,6 +369,31 @@ def test_refusals_are_one_line(words: str, message: str, tmp_path: Path, monkeyp
     (tmp_path / "empty.png").touch()
     assert message in refused(*words.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "in.png"], "nothing was written"
+
+
+def test_a_table_of_whole_models_has_its_columns(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n3,4\n")
+    assert "it has no column 'simulated_attention_speedup'" in refused(
+        "plot", "steps", tmp_path / "a.csv", "-o", "a.png"
+    )
+    assert "holds other columns" in refused("e2e", "flux", "--csv", tmp_path / "a.csv")
+
+
+def test_figures_are_no_folders(tmp_path: Path):
+    (tmp_path / "a.png").mkdir()
+    assert "path must be a file, got the folder" in refused("plot", "plan", "9x8", "-k", 3, "-o", tmp_path / "a.png")
+
+
+def test_the_variable_that_names_no_backend_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VICINAL_BACKEND", "fast")
+    assert "VICINAL_BACKEND must be one of" in refused("explain", "9x8", "-k", 3)
+
+
+def test_no_suggestion_is_said_to_pass_its_bound():
+    """Where dense attention pads its tiles more than windows do, tiles alone would say 10.67x of 10.00x."""
+    pairs = re.findall(r"([\d.]+)x +([\d.]+)x +[\d.]+ [mu]?s", said("suggest", "30x48x80", "--sparsity", 0.9))
+    assert len(pairs) == 10
+    assert all(float(reached) <= float(bound) for reached, bound in pairs)
 
 
 def test_refusals_are_known_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -54,21 +54,36 @@ def lanes(panel: Any, names: Sequence[str]) -> None:
     panel.spines["left"].set_visible(False)
 
 
-def save(path: str | Path, draw: Callable[[Any], None]) -> Path:
-    """Draw and write, whole or not at all."""
+def check(path: str | Path) -> Path:
+    """Refuse a path to which no figure can be written, before anything expensive is computed.
+
+    Raises:
+        InvalidProblem: if it has another suffix than .png or .svg, is a folder, or its folder is missing.
+        Unsupported: without matplotlib.
+    """
     path = Path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
+    if path.suffix.lower() not in (".png", ".svg"):
         raise InvalidProblem(f"path must end in .png or .svg, got {path}")
+    if path.is_dir():
+        raise InvalidProblem(f"path must be a file, got the folder {path}")
     if not path.parent.is_dir():
         raise InvalidProblem(f"path must lie in a folder that exists, got {path}")
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        __import__("matplotlib")
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         raise Unsupported("figures need matplotlib; install it, for example as pip install 'vicinal[plots]'") from None
+    return path
+
+
+def save(path: str | Path, draw: Callable[[Any], None]) -> Path:
+    """Draw and write, whole or not at all."""
+    path = check(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    kind = path.suffix.lower().removeprefix(".")
     # matplotlib's types have gaps.
     context: Any = getattr(matplotlib, "rc_context")  # noqa: B009
     with context(STYLE):

@@ -160,6 +160,9 @@ def denoise(
     # Neither distances nor means mind a common shift, but rounding does: small numbers keep more digits.
     level = pixels.mean(dim=tuple(range(1, pixels.ndim)), keepdim=True)
     pixels = pixels - level
+    most = float(pixels.abs().max())
+    if most > 1e9 * h:  # squares of features would overflow
+        raise InvalidProblem(f"h must be at least a billionth of the image's range, about {most:.3g}, got {h:g}")
     features = Features.of(pixels, patch, components, sigma)
     window = tuple(min(2 * far + 1, length) for far, length in zip(reach, shape, strict=True))
     out = torch.empty_like(pixels)

@@ -106,6 +106,10 @@ def draw_speedups(estimates: Iterable[Estimate], path: str | Path) -> Path:
     for estimate in sorted(estimates, key=lambda estimate: estimate.speedup.worst_tile):
         best[estimate.problem.kernel_size, estimate.problem.stride] = estimate
     grids = {estimate.problem.shape for estimate in best.values()}
+    if not best:
+        raise InvalidProblem(
+            "estimates must hold at least one, got none; a grid of a single tile leaves no window to try"
+        )
     if len(grids) != 1:
         raise InvalidProblem(f"estimates must be of problems on one grid, got {len(grids)} grids")
     return save(path, partial(_draw_heat_map, best=best))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def test_the_kernel_folder_is_written_by_a_command(tmp_path):
     assert result.exit_code == 0
     assert result.stdout.strip() == f"export LOCAL_KERNELS=shi-labs/natten={(tmp_path / 'natten').resolve()}"
     assert (tmp_path / "natten/build/torch-universal/__init__.py").is_file()
+    spaced = vicinal("natten-kernel", tmp_path / "a b")
+    assert shlex.split(spaced.stdout) == ["export", f"LOCAL_KERNELS=shi-labs/natten={(tmp_path / 'a b').resolve()}"]
     again = vicinal("natten-kernel", Path(__file__).parent)
     assert again.exit_code == 2 and "vicinal: DIR must be a new or empty folder" in again.stderr
 
@@ -237,7 +240,11 @@ def test_masks_of_truth_are_spared_and_others_are_not():
     (["e2e", "flux", "--tiny", "-k", "30"], "layer 0 .* axis 0 of 9x14: the window does not fit"),
     (["e2e", "flux", "--tiny", "--preset", "cosmos-7b"], "preset 'cosmos-7b' is made for another model"),
     (["e2e", "flux", "--tiny", "--repeats", "0"], "repeats must be at least 1, got 0"),
-    (["e2e", "flux", "--tiny", "--dense-steps", "2"], r"dense_steps must lie in \[0, steps\], got 2 of 1"),
+    (["e2e", "flux", "--tiny", "--steps", "0"], "steps be at least 1, got 0 of 0"),
+    (["e2e", "flux", "--tiny", "--grid", "4"], "grid must hold 2 numbers of tokens, at least 1 each, got 4"),
+    (["e2e", "flux", "--tiny", "--grid", "0x4"], "grid must hold 2 numbers of tokens, at least 1 each, got 0x4"),
+    (["e2e", "ltx2-decoder", "--tiny", "--layers", "1"], "layers must be left out: ltx2-decoder is a decoder"),
+    (["e2e", "flux", "--tiny", "--dense-steps", "2"], r"dense_steps must lie in \[0, steps\] .* got 2 of 1"),
     (["e2e", "flux", "--tiny", "--device", "gpu"], "device must be one that this machine has"),
 ])  # fmt: skip
 def test_bad_words_are_one_line(words, message):

@@ -43,8 +43,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-def named(name: str) -> Backend:
-    """The backend of that name.
+def named(name: str, said: str = "backend") -> Backend:
+    """The backend of that name; `said` is what named it, for the message if there is none.
 
     Raises:
         InvalidProblem: if there is none.
@@ -52,7 +52,7 @@ def named(name: str) -> Backend:
     for backend in ALL:
         if backend.name == name:
             return backend
-    raise InvalidProblem(f"backend must be one of {', '.join(b.name for b in ALL)}, got {name!r}")
+    raise InvalidProblem(f"{said} must be one of {', '.join(b.name for b in ALL)}, got {name!r}")
 
 
 def explain(
@@ -78,7 +78,7 @@ def explain(
     reasons = tuple((candidate.name, _reasons(candidate, problem, hardware, needs_grad)) for candidate in ALL)
     name = backend or os.environ.get(VARIABLE)
     if name:
-        willing = () if dict(reasons)[named(name).name] else (name,)
+        willing = () if dict(reasons)[named(name, "backend" if backend else VARIABLE).name] else (name,)
     else:
         willing = tuple(candidate for candidate, why in reasons if not why)
     return Explanation(reasons, willing[0] if willing else None)

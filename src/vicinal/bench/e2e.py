@@ -68,8 +68,12 @@ def measure(
     found = specimen(name)
     if repeats < 1:
         raise InvalidProblem(f"repeats must be at least 1, got {repeats}")
-    if not 0 <= dense_steps <= steps:
-        raise InvalidProblem(f"dense_steps must lie in [0, steps], got {dense_steps} of {steps}")
+    if steps < 1 or not 0 <= dense_steps <= steps:
+        raise InvalidProblem(
+            f"dense_steps must lie in [0, steps] and steps be at least 1, got {dense_steps} of {steps}"
+        )
+    if grid is not None and (len(grid) != len(found.grid) or min(grid) < 1):
+        raise InvalidProblem(f"grid must hold {len(found.grid)} numbers of tokens, at least 1 each, got {times(grid)}")
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     grid = grid or (found.tiny_grid if tiny else found.grid)

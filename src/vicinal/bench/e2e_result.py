@@ -15,6 +15,19 @@ from vicinal.errors import InvalidProblem
 from vicinal.simulate import end_to_end, readable_time
 
 
+def _column(part: str) -> str:
+    return part.replace(" ", "_") + "_s"
+
+
+COLUMNS = (
+    *("date", "device", "driver", "versions"),
+    *("model", "grid", "text", "window", "dtype", "layers", "layers_in_all"),
+    *("way", "seconds", "spread", *map(_column, PARTS), "peak_bytes"),
+    *("speedup", "predicted_speedup", "simulated_attention_speedup"),
+)
+"""Of the table that `save` writes, a row per way."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """One way to run the model.
@@ -144,8 +157,7 @@ class EndToEnd:
 
 def save(path: Path | str, results: list[EndToEnd]) -> None:
     """Append to a table, or begin one; whole or not at all."""
-    rows = [row for result in results for row in result.rows()]
-    append_rows(path, list(rows[0]), map(rounded, rows))
+    append_rows(path, COLUMNS, (rounded(row) for result in results for row in result.rows()))
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,9 +174,14 @@ def load(path: Path | str) -> list[EndToEnd]:
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return [_result(dense, sparse) for dense, sparse in zip(rows[::2], rows[1::2], strict=True)]
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError, KeyError) as problem:
-        raise InvalidProblem(f"{path} cannot be read as a table of whole models: {problem!r}") from None
+        results = [_result(dense, sparse) for dense, sparse in zip(rows[::2], rows[1::2], strict=True)]
+    except KeyError as problem:
+        raise InvalidProblem(f"{path} cannot be read as a table of whole models: it has no column {problem}") from None
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError, TypeError) as problem:
+        raise InvalidProblem(f"{path} cannot be read as a table of whole models: {problem}") from None
+    if not results:
+        raise InvalidProblem(f"{path} cannot be read as a table of whole models: it has no rows")
+    return results
 
 
 def _result(dense: Mapping[str, str], sparse: Mapping[str, str]) -> EndToEnd:
@@ -195,10 +212,6 @@ def _way(row: Mapping[str, str]) -> Pass:
         parts={part: float(seconds) for part, seconds in parts.items()} if all(parts.values()) else {},
         peak_bytes=int(row["peak_bytes"]),
     )
-
-
-def _column(part: str) -> str:
-    return part.replace(" ", "_") + "_s"
 
 
 def _row(way: Pass) -> str:

@@ -129,6 +129,24 @@ def save(rows: list[Measurement], folder: Path | str) -> Path:
     return path
 
 
+def check_appendable(path: Path | str, columns: Sequence[str]) -> str:
+    """What a table holds to which rows of these columns can be added; nothing if it has yet to be begun.
+
+    Raises:
+        InvalidProblem: if it is no file, no text, has other columns, or its folder is missing.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InvalidProblem(f"the table must be a file in a folder that exists, got {str(path)!r}")
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError:
+        raise InvalidProblem(f"{path} is no table; name another file") from None
+    if before and before.splitlines()[0].split(",") != list(columns):
+        raise InvalidProblem(f"{path} holds other columns; name another file")
+    return before
+
+
 def append_rows(path: Path | str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a table of any columns, or begin one; whole or not at all.
 
@@ -136,13 +154,11 @@ def append_rows(path: Path | str, columns: Sequence[str], rows: Iterable[Mapping
         InvalidProblem: if it holds other columns.
     """
     path = Path(path)
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = check_appendable(path, columns)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     if not before:
         writer.writeheader()
-    elif before.splitlines()[0].split(",") != list(columns):
-        raise InvalidProblem(f"{path} holds other columns; name another file")
     writer.writerows(rows)
     write_whole(path, lambda file: file.write((before + text.getvalue()).encode()))
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 SHAPE = "AxBxC"
 
+LONGEST = 2**27
+"""Tokens of an axis; plans of longer ones would be counted for minutes."""
+
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
     """`30x48x80` and `30,48,80` are three integers, `7` is one.
@@ -30,6 +33,19 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.lower().replace(",", "x").split("x"))
     except ValueError:
         raise InvalidProblem(f"{name} must be integers joined by x, such as 30x48x80, got {text!r}") from None
+
+
+def grid_of(text: str) -> tuple[int, ...]:
+    """Tokens per axis, no more than can be planned in seconds.
+
+    Example:
+        >>> grid_of("30x48x80")
+        (30, 48, 80)
+    """
+    grid = numbers(text, "grid")
+    if max(grid) > LONGEST:
+        raise InvalidProblem(f"grid must hold at most {LONGEST:,} tokens per axis, got {text!r}")
+    return grid
 
 
 def each(text: str, name: str) -> int | tuple[int, ...]:
@@ -62,7 +78,7 @@ def problem_of(
     """A problem from the words of the command line."""
     from vicinal.problem import Problem
 
-    shape = numbers(grid, "grid")
+    shape = grid_of(grid)
     everywhere = range(len(shape)) if causal == "all" else numbers(causal, "causal") if causal else ()
     if not all(0 <= axis < len(shape) for axis in everywhere):
         raise InvalidProblem(f"causal must name axes from 0 to {len(shape) - 1}, or be all, got {causal!r}")

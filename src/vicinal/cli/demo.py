@@ -63,8 +63,10 @@ def run(picture: str, sigma: float, seed: int, out: Path, update: Update) -> Res
 
 
 def _run(picture: str, sigma: float, seed: int, out: Path, update: Update) -> Result:
-    if not 0 < sigma < math.inf:
-        raise InvalidProblem(f"sigma must be above 0, as a fraction of full range, got {sigma}")
+    if not 0 < sigma <= 1e6:
+        raise InvalidProblem(f"sigma must be above 0 and at most 1e6, as a fraction of full range, got {sigma}")
+    if seed < 0:
+        raise InvalidProblem(f"seed must not be negative, got {seed}")
     if out.suffix.lower() != ".png":
         raise InvalidProblem(f"out must end in .png, got {str(out)!r}")
     check_output(out)

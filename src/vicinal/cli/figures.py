@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vicinal.cli._console import progress, say
-from vicinal.cli._options import SHAPE, Device, KVOrigin, KVTile, QTile, numbers, problem_of, tiling_of
+from vicinal.cli._options import SHAPE, Device, KVOrigin, KVTile, QTile, grid_of, numbers, problem_of, tiling_of
 from vicinal.errors import InvalidProblem
 
 KINDS = ("windows", "plan", "speedups", "benchmark", "steps")
@@ -48,7 +48,7 @@ def plot(
 
             written = draw(load(subject), out)
         elif kind == "speedups":
-            device, grid = Hardware.named(hardware or "h100-sxm"), numbers(subject, "grid")
+            device, grid = Hardware.named(hardware or "h100-sxm"), grid_of(subject)
             tiling = tiling_of(Problem.grid(grid, -1), q_tile, kv_tile, kv_origin, device)
             written = plots.draw_speedups(sweep(grid, device, tiling), out)
         else:

@@ -1,5 +1,6 @@
 """`e2e`, `generate`, `natten-kernel`: whole generative models."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,10 +44,16 @@ def e2e(
     """
     import torch
 
+    from vicinal._figure import check
     from vicinal.bench.e2e import measure
-    from vicinal.bench.e2e_result import save
+    from vicinal.bench.e2e_result import COLUMNS, save
+    from vicinal.bench.results import check_appendable
     from vicinal.cli._machine import torch_device
 
+    if table is not None:
+        check_appendable(table, COLUMNS)
+    if out is not None:
+        check(out)
     place = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     window = _window(kernel_size, stride, dilation, preset)
     with progress(model) as update:
@@ -105,6 +112,8 @@ def generate(
         raise InvalidProblem("pass --kernel-size or --preset: without windows there is nothing to compare")
     if dense_steps is not None:
         window["dense_steps"] = dense_steps
+    if steps is not None and steps < 1:
+        raise InvalidProblem(f"steps must be at least 1, got {steps}")
     sizes = {} if size is None else _sizes(numbers(size, "size"))
     place = torch_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe = load_pipeline(folder, place, torch.float32 if place.type == "cpu" else torch.bfloat16)
@@ -124,7 +133,8 @@ def natten_kernel(
     """Write a folder with which unmodified code that loads NATTEN by `kernels` runs our functions instead."""
     from vicinal.integrations.natten_kernel import write_natten_kernel
 
-    say(f"export {write_natten_kernel(folder)}")
+    name, value = write_natten_kernel(folder).split("=", 1)
+    say(f"export {name}={shlex.quote(value)}")
 
 
 def _lengths(text: str, name: str) -> Any:
@@ -151,6 +161,6 @@ def _window(kernel_size: str | None, stride: str, dilation: str, preset: str | N
 
 def _sizes(lengths: tuple[int, ...]) -> dict[str, int]:
     """What pipelines call them."""
-    if len(lengths) not in (2, 3):
-        raise InvalidProblem(f"size must be ROWSxCOLUMNS or FRAMESxROWSxCOLUMNS, got {times(lengths)}")
+    if len(lengths) not in (2, 3) or min(lengths) < 1:
+        raise InvalidProblem(f"size must be ROWSxCOLUMNS or FRAMESxROWSxCOLUMNS, 1 or more each, got {times(lengths)}")
     return dict(zip(("num_frames", "height", "width")[-len(lengths) :], lengths, strict=True))

@@ -1,5 +1,6 @@
 """`demo` and `denoise`: neighborhood attention at work on pictures."""
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import typer
 
 from vicinal.cli._console import Json, progress, say, say_json
 from vicinal.cli._options import SHAPE, Backend, each
+from vicinal.errors import InvalidProblem
 
 
 def denoise(
@@ -39,6 +41,12 @@ def denoise(
     """
     from vicinal.images import check_output, read_image, write_image
 
+    if strength is not None and not 0 < strength < math.inf:
+        raise InvalidProblem(f"strength must be a finite number above 0, got {strength}")
+    if sigma == 0 and strength is None:
+        raise InvalidProblem("strength must be given where sigma is 0: without noise nothing says how much to smooth")
+    if not 0 < memory < math.inf:
+        raise InvalidProblem(f"memory must be a finite number of GiB above 0, got {memory}")
     check_output(target)
     with progress(f"reading {source.name}"):
         image = read_image(source)

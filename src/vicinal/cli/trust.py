@@ -1,4 +1,4 @@
-"""`check`, `bench`, `doctor`: does it work here, how fast, and what is here."""
+"""`check`, `tune`, `bench`, `doctor`: does it work here, how fast, and what is here."""
 
 import math
 import platform
@@ -193,8 +193,10 @@ def bench(
     from vicinal.bench.table import table as in_rows
     from vicinal.cli._machine import torch_device
 
-    if seconds <= 0 or threads < 1:
-        raise InvalidProblem(f"seconds must be above 0 and threads at least 1, got {seconds} and {threads}")
+    if not 0 < seconds < math.inf or threads < 1:
+        raise InvalidProblem(f"seconds must be above 0 and finite, threads at least 1, got {seconds:g} and {threads}")
+    if save is not None and save.exists() and not save.is_dir():
+        raise InvalidProblem(f"save must be a folder, got the file {str(save)!r}")
     problems, place = specs.suite(suite), torch_device(device)
     effort = run.Effort(seconds=seconds, threads=threads)
     record = None if save is None else partial(results.save, folder=save)

@@ -83,8 +83,10 @@ class Specimen:
         config = dict(self.tiny if tiny else self.config)
         if layers is not None:
             counts = self._counts(tiny)
-            if self.is_decoder or not 1 <= layers <= sum(counts.values()):
-                raise InvalidProblem(f"layers must lie in [1, {sum(counts.values())}], and {self.name} be no decoder")
+            if self.is_decoder:
+                raise InvalidProblem(f"layers must be left out: {self.name} is a decoder, which is built whole")
+            if not 1 <= layers <= sum(counts.values()):
+                raise InvalidProblem(f"layers must lie in [1, {sum(counts.values())}], got {layers}")
             config |= {name: max(round(n * layers / sum(counts.values())), 1) for name, n in counts.items()}
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
