@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,11 +102,27 @@ class Broken:
         return self.mistake(output, inputs, plan) if self.mistake else output
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
         plan = self.wrong_plan(plan) if self.wrong_plan else plan
-        gradients = reference.backend.backward(plan, inputs, output, grad_out, grad_lse)
+        gradients = reference.backend.backward(plan, inputs, output, grad_out, grad_lse, into)
         return self.wrong_gradients(gradients, inputs) if self.wrong_gradients else gradients
+
+
+def forgets_where(gradients: Gradients, inputs: Inputs) -> Gradients:
+    return gradients._replace(value=gradients.value.contiguous())
+
+
+def writes_around(gradients: Gradients, inputs: Inputs) -> Gradients:
+    if gradients.query._base is not None:
+        gradients.query._base.zero_()
+    return gradients
 
 
 def on_axis(change: Callable[[Axis], Axis]) -> Callable[[Plan], Plan]:
@@ -253,6 +269,11 @@ MISTAKES: dict[str, tuple[Broken, str]] = {
     ),
     "reads the memory around": (Broken(mistake=reads_the_memory_around), "memory_around_is_not_read"),
     "strides ignored": (Broken(mistake=forgets_strides), "memory_around_is_not_read"),
+    "a gradient put elsewhere than wanted": (
+        Broken(wrong_gradients=forgets_where),
+        "gradients_go_where_they_are_wanted",
+    ),
+    "writes around a gradient": (Broken(wrong_gradients=writes_around), "gradients_go_where_they_are_wanted"),
     "a race": (Broken(mistake=drifting()), "two_runs_are_bitwise_equal"),
     "empty batch made up": (
         Broken(mistake=lambda o, i, p: o if len(o.out) else o._replace(out=o.out.new_zeros(1, *o.out.shape[1:]))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -67,9 +68,15 @@ class Wrong(blocked.Blocked):
         return output
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
-        return super().backward(plan, inputs, output, grad_out, grad_lse)
+        return super().backward(plan, inputs, output, grad_out, grad_lse, into)
 
 
 def test_a_mistake_is_found_and_can_be_repeated() -> None:

@@ -38,6 +38,7 @@ def test_surface():
         "na3d",
         "neighborhood_aggregate",
         "neighborhood_attention",
+        "neighborhood_attention_packed",
         "neighborhood_scores",
         "simulate",
         "suggest",

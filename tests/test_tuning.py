@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,18 @@ class Paced:
         return blocked.backend.forward(plan, inputs)
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
         self.calls.append("backward")
         chosen = tuned.pick(self.name, "keys", plan.problem, backends.present(CPU))
         self.clock += self.pace[chosen or next(iter(self.pace))]
-        return blocked.backend.backward(plan, inputs, output, grad_out, grad_lse)
+        return blocked.backend.backward(plan, inputs, output, grad_out, grad_lse, into)
 
 
 SLOW, FAST, SAME = Choice((4, 4), (4, 8)), Choice((4, 8), (4, 8)), Choice((8, 8), (4, 4))

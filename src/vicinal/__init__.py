@@ -2,7 +2,15 @@
 
 from vicinal.backends import explain
 from vicinal.errors import InvalidProblem, Unsupported
-from vicinal.functional import attention_with_lse, merge_attentions, na1d, na2d, na3d, neighborhood_attention
+from vicinal.functional import (
+    attention_with_lse,
+    merge_attentions,
+    na1d,
+    na2d,
+    na3d,
+    neighborhood_attention,
+    neighborhood_attention_packed,
+)
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan, make_plan
 from vicinal.problem import Problem
@@ -29,6 +37,7 @@ __all__ = [
     "na3d",
     "neighborhood_aggregate",
     "neighborhood_attention",
+    "neighborhood_attention_packed",
     "neighborhood_scores",
     "simulate",
     "suggest",

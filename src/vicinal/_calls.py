@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vicinal import backends, tuned, tuning
-from vicinal.backends.base import Backend, Inputs
+from vicinal.backends.base import Backend, Inputs, Output
 from vicinal.plan import Plan
 from vicinal.tiling import Tiling
 
@@ -72,6 +72,31 @@ def _spelled(settings: dict[str, Any]) -> bytes | str:
         return marshal.dumps([*settings.values()], 2)  # without references, and three times as fast as `repr`
     except ValueError:
         return repr(settings)
+
+
+def gradients(
+    chosen: Backend,
+    plan: Plan,
+    inputs: Inputs,
+    output: Output,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    packed: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The backward pass of a call: a gradient for each of its tensors but the lengths, which have none.
+
+    Args:
+        chosen, plan: as they were settled.
+        inputs, output, grad_out, grad_lse: as in `Backend.backward`.
+        packed: queries, keys and values if they came as one tensor, see `unpacked`: so do their gradients.
+    """
+    if packed is None:
+        found = outside_autocast(grad_out, chosen.backward, plan, inputs, output, grad_out, grad_lse)
+        return *found[:5], None, found.position_bias
+    whole = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    into = whole.unbind(-3)
+    found = outside_autocast(grad_out, chosen.backward, plan, inputs, output, grad_out, grad_lse, into)
+    return whole, None, None, *found[3:5], None, found.position_bias
 
 
 def outside_autocast(there: Tensor, run: Callable[..., T], *args: Any) -> T:

@@ -7,7 +7,7 @@ profiler. Everything else goes through `vicinal.ops`, and gets the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
 
-from vicinal._calls import outside_autocast, settled
-from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
+from vicinal._calls import gradients, outside_autocast, settled
+from vicinal.backends.base import Backend, Output, no_second_derivative, unpacked
 from vicinal.plan import Plan
 from vicinal.tiling import Tiling
 
@@ -38,33 +38,27 @@ def is_plain(tensors: Iterable[object]) -> bool:
     )
 
 
-def attention(inputs: Inputs, settings: dict[str, Any], backend: str | None, tiling: Tiling | None) -> Output:
+def attention(tensors: Sequence[Any], settings: dict[str, Any], backend: str | None, tiling: Tiling | None) -> Output:
     """The answer of the first backend that runs it, or of the one named; differentiable if an input is.
 
     Args:
-        inputs: tensors that are `is_plain`.
+        tensors: those of a call, `is_plain`, as `unpacked` takes them.
         settings: arguments of `Problem.of`, by name.
         backend, tiling: as in a call.
 
     Raises:
         InvalidProblem, Unsupported: as `vicinal.neighborhood_attention`.
     """
-    needs_grad = torch.is_grad_enabled() and _requires_grad(inputs)
+    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    inputs = unpacked(*tensors)
     chosen, plan = settled(inputs, settings, backend, tiling, needs_grad)
     if needs_grad:
-        return outside_autocast(inputs.query, _differentiable, chosen, plan, inputs)
+        return outside_autocast(inputs.query, _differentiable, chosen, plan, tensors)
     return outside_autocast(inputs.query, chosen.forward, plan, inputs)
 
 
-def _differentiable(chosen: Backend, plan: Plan, inputs: Inputs) -> Output:
-    return Output(*_Attention.apply(chosen, plan, *inputs))
-
-
-def _requires_grad(inputs: Inputs) -> bool:
-    query, key, value, *extra = inputs
-    if query.requires_grad or key.requires_grad or value.requires_grad:
-        return True
-    return any(tensor is not None and tensor.requires_grad for tensor in extra)
+def _differentiable(chosen: Backend, plan: Plan, tensors: Sequence[Any]) -> Output:
+    return Output(*_Attention.apply(chosen, plan, *tensors))
 
 
 class _Attention(torch.autograd.Function):
@@ -72,7 +66,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chosen: Backend, plan: Plan, *tensors: Any) -> tuple[Tensor, Tensor]:
-        output = chosen.forward(plan, Inputs(*tensors))
+        output = chosen.forward(plan, unpacked(*tensors))
         ctx.save_for_backward(*tensors, *output)
         ctx.solved = chosen, plan
         ctx.set_materialize_grads(False)
@@ -100,10 +94,9 @@ class _Gradients(torch.autograd.Function):
 def _gradients(
     chosen: Backend, plan: Plan, grad_out: Tensor | None, grad_lse: Tensor | None, *saved: Any
 ) -> tuple[Tensor | None, ...]:
-    """One for each of `Inputs`; lengths have none."""
+    """One for each tensor of the call; lengths have none."""
     *tensors, out, lse = saved
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    given = plan, Inputs(*tensors), Output(out, lse), grad_out, grad_lse
-    found = outside_autocast(out, chosen.backward, *given)
-    return *found[:5], None, found.position_bias
+    packed = tensors[0] if tensors[1] is None else None
+    return gradients(chosen, plan, unpacked(*tensors), Output(out, lse), grad_out, grad_lse, packed)

@@ -30,6 +30,16 @@ def check_tensor(name: str, tensor: Any, query: Any, *, may_be_wider: bool = Fal
             raise InvalidProblem(f"{name} and query must share one {what}, got {here} and {there}")
 
 
+def check_packed(qkv: Any) -> None:
+    check_tensor("qkv", qkv, qkv)
+    shape = tuple(qkv.shape)
+    if not (5 <= len(shape) <= 7 and shape[-3] == 3):
+        raise InvalidProblem(
+            "qkv must be [B, *S, 3, H, D] with 1 to 3 spatial axes, queries, keys and values of as many heads and one "
+            f"width, got shape {shape}; where they differ, pass them apart to neighborhood_attention"
+        )
+
+
 def check_shapes(query: Any, key: Any, value: Any) -> None:
     if not 4 <= len(query.shape) <= 6:
         raise InvalidProblem(

@@ -38,16 +38,26 @@ def _register() -> None:
             counter.flop_registry.update({operator: counters.flop_registry[operator] for operator in formulas})
 
 
-def _forward(query: Shape, key: Shape, value: Shape, extra: Shape | None, *rest: Any, **_: Any) -> int:
+def _forward(query: Shape, key: Shape | None, value: Shape | None, extra: Shape | None, *rest: Any, **_: Any) -> int:
     """Two products, over the pairs inside windows only. Adding a bias is no product and counts nothing."""
     _values, _lengths, _bias, *settings = rest
+    query, value = _unpacked(query, value)
     return 2 * _pairs(query, extra, settings) * (query[-1] + value[-1])
 
 
 def _backward(*args: Any, **_: Any) -> int:
     """Five products: the scores again, and four gradients."""
     query, _key, value, extra, _values, _lengths, _bias, *settings = args[4:]
+    query, value = _unpacked(query, value)
     return 2 * _pairs(query, extra, settings) * (3 * query[-1] + 2 * value[-1])
+
+
+def _unpacked(query: Shape, value: Shape | None) -> tuple[Shape, Shape]:
+    """Of a query that may hold keys and values too, as `vicinal.backends.base.unpacked` takes it."""
+    if value is not None:
+        return query, value
+    *outer, _three, heads, width = query
+    return (*outer, heads, width), (*outer, heads, width)
 
 
 def _pairs(query: Shape, extra: Shape | None, settings: Sequence[Any]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vicinal import _eager, flops, ops
-from vicinal.backends.base import Inputs
+from vicinal.backends.base import Inputs, unpacked
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.tiling import Tiling
 
@@ -149,22 +149,81 @@ def attention_with_lse(
         9.0
     """
     settings = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
+    tensors = query, key, value, additional_keys, additional_values, additional_lengths, position_bias
+    return _attend(tensors, settings, scale, backend, tiling)
+
+
+def neighborhood_attention_packed(
+    qkv: Tensor,
+    kernel_size: Each[int],
+    *,
+    stride: Each[int] = 1,
+    dilation: Each[int] = 1,
+    is_causal: Each[bool] = False,
+    scale: float | None = None,
+    position_bias: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    additional_lengths: Tensor | None = None,
+    backend: str | None = None,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """`neighborhood_attention` where queries, keys and values lie in one tensor, as one projection makes them.
+
+        neighborhood_attention_packed(qkv, ...) = neighborhood_attention(*qkv.unbind(-3), ...)
+
+    The same numbers, with less memory traffic in training: the gradient of `qkv` is written where it belongs, while
+    those of three slices would be put together by a copy.
+
+    Args:
+        qkv: `[B, *S, 3, H, D]`, in any strides. Heads and widths that differ cannot be packed.
+        kernel_size, ...: as for `neighborhood_attention`; additional keys and values are tensors of their own.
+
+    Returns:
+        `[B, *S, H, D]`, contiguous, in the dtype of `qkv`.
+
+    Raises:
+        InvalidProblem: the arguments do not fit each other; the message names the one at fault.
+        Unsupported: no backend, or not the one named, runs this problem on this device.
+
+    Example:
+        >>> project = torch.nn.Linear(64, 3 * 64)
+        >>> qkv = project(torch.randn(1, 12, 20, 64)).unflatten(-1, (3, 4, 16))  # 4 heads of 16
+        >>> neighborhood_attention_packed(qkv, kernel_size=(7, 5)).shape
+        torch.Size([1, 12, 20, 4, 16])
+    """
+    settings = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
+    tensors = qkv, None, None, additional_keys, additional_values, additional_lengths, position_bias
+    return _attend(tensors, settings, scale, backend, tiling, is_packed=True).out
+
+
+def _attend(
+    tensors: tuple[Any, ...],
+    settings: dict[str, Any],
+    scale: float | None,
+    backend: str | None,
+    tiling: Tiling | None,
+    *,
+    is_packed: bool = False,
+) -> AttentionOutput:
+    """Attention of the tensors of a call, as `unpacked` takes them."""
+    needed = tensors[:1] if is_packed else tensors[:3]
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        inputs = _autocast(inputs)
-    if _eager.is_plain([*inputs[:3], *[tensor for tensor in inputs[3:] if tensor is not None]]):
-        return AttentionOutput(*_eager.attention(inputs, {**settings, "scale": scale}, backend, tiling))
-    floats = *inputs[:5], inputs.position_bias
-    if not torch.compiler.is_compiling():
+        tensors = _autocast(tensors)
+    if _eager.is_plain([*needed, *[tensor for tensor in tensors[3:] if tensor is not None]]):
+        return AttentionOutput(*_eager.attention(tensors, {**settings, "scale": scale}, backend, tiling))
+    floats = *tensors[:5], tensors[6]
+    if not torch.compiler.is_compiling() or None in needed:
         # Compiled calls meet the same checks in the operator's own entry; here they come before dispatch.
+        inputs = unpacked(*tensors) if is_packed else Inputs(*tensors)
         ops.problem_of(inputs, {**settings, "scale": scale})
         _refuse_tangents(*floats)
         flops.ensure_registered()
-    rank = query.ndim - 3
+    rank = tensors[0].ndim - (4 if is_packed else 3)
     out, lse = ops.attention(
-        *inputs,
+        *tensors,
         *(each(setting, rank) for setting in settings.values()),
-        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        tensors[0].shape[-1] ** -0.5 if scale is None else float(scale),
         backend or "",
         ops.encode(tiling),
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats),
@@ -315,21 +374,20 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         )
 
 
-def _autocast(inputs: Inputs) -> Inputs:
+def _autocast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """Under autocast, floats of up to 32 bits in its dtype: attention is among the operations that it lowers.
 
     Not the position bias, if it is of 32 bits as a layer's is: scores are, too, and to lower it would cost two more
     kernels than it saves. What is no tensor of floats stays, to be refused in words.
     """
-    device = next((tensor.device.type for tensor in inputs if isinstance(tensor, Tensor)), "cpu")
+    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
-        return inputs
+        return tensors
     dtype = torch.get_autocast_dtype(device)
 
     def lowered(tensor: Any, kinds: Sequence[torch.dtype] = _LOWERED) -> Any:
         is_other = isinstance(tensor, Tensor) and tensor.dtype is not dtype and tensor.dtype in kinds
         return tensor.to(dtype) if is_other else tensor
 
-    query, key, value, more_keys, more_values, lengths, bias = inputs
-    tensors = lowered(query), lowered(key), lowered(value), lowered(more_keys), lowered(more_values)
-    return Inputs(*tensors, lengths, lowered(bias, _LOWERED[:2]))
+    *floats, lengths, bias = tensors
+    return *[lowered(tensor) for tensor in floats], lengths, lowered(bias, _LOWERED[:2])

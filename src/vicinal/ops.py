@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicinal._calls import outside_autocast, settled
+from vicinal._calls import gradients, outside_autocast, settled
 from vicinal._eager import is_plain
-from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative
+from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative, unpacked
 from vicinal.errors import InvalidProblem
 from vicinal.plan import Plan
 from vicinal.problem import Problem
@@ -97,8 +97,8 @@ def problem_of(inputs: Inputs, settings: dict[str, Any]) -> Problem:
 
 def _attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     additional_lengths: Tensor | None,
@@ -112,8 +112,11 @@ def _attention(
     tiling: Sequence[int],
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`out [B, *S, H, Dv]` and `lse [B, *S, H]`; see `vicinal.neighborhood_attention`."""
-    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
+    """`out [B, *S, H, Dv]` and `lse [B, *S, H]`; see `vicinal.neighborhood_attention`.
+
+    Without key and value, the query is all three, `[B, *S, 3, H, D]`; see `vicinal.neighborhood_attention_packed`.
+    """
+    inputs = unpacked(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
     chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
     out, lse = outside_autocast(query, chosen.forward, plan, inputs)
     return out, lse
@@ -125,8 +128,8 @@ def _attention_backward(
     out: Tensor,
     lse: Tensor,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     additional_lengths: Tensor | None,
@@ -140,17 +143,18 @@ def _attention_backward(
     tiling: Sequence[int],
     needs_grad: bool,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, and of the additional keys and values and the bias if there are any."""
-    inputs = Inputs(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
+    """Gradients of those that there are of query, key, value, additional keys and values, and bias."""
+    inputs = unpacked(query, key, value, additional_keys, additional_values, additional_lengths, position_bias)
     chosen, plan = solve(inputs, kernel_size, stride, dilation, is_causal, scale, backend, tiling, needs_grad)
-    given = plan, inputs, Output(out, lse), grad_out, grad_lse
-    gradients = outside_autocast(query, chosen.backward, *given)
-    return [gradient for gradient in gradients if gradient is not None]
+    packed = query if key is None else None
+    found = gradients(chosen, plan, inputs, Output(out, lse), grad_out, grad_lse, packed)
+    return [gradient for gradient in found if gradient is not None]
 
 
-def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_attention(query: Tensor, key: Tensor | None, value: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype)
+    shape = (*query.shape[:-1], value.shape[-1]) if value is not None else (*query.shape[:-3], *query.shape[-2:])
+    return query.new_empty(shape), query.new_empty(shape[:-1], dtype=lse_dtype)
 
 
 def _fake_attention_backward(
@@ -159,8 +163,8 @@ def _fake_attention_backward(
     out: Tensor,
     lse: Tensor,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     additional_lengths: Tensor | None,

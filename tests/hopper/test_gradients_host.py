@@ -249,6 +249,22 @@ def test_what_the_kernels_are_told(driver: Driver) -> None:
     assert additional[1][1] - additional[1][0] == 4 * chunks * 2 * 70 * 2 * 64
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_gradients_are_written_where_they_are_wanted(driver: Driver, dilation: int) -> None:
+    """At once, or, where dilation does not divide an axis and maps begin before their tensors, by a copy."""
+    problem = Problem.grid((9, 12), 3, dilation=(dilation, 1), heads=2, head_dim=32)
+    tensor, lse = torch.zeros(1, 9, 12, 2, 32, dtype=torch.bfloat16), torch.zeros(1, 9, 12, 2)
+    whole = torch.full((1, 9, 12, 3, 2, 32), torch.nan, dtype=torch.bfloat16)
+    into = whole.unbind(-3)
+    found = backward.gradients(problem, Inputs(tensor, tensor, tensor), Output(tensor, lse), tensor, lse, into)
+    assert all(gradient is wanted for gradient, wanted in zip(found, into, strict=False))
+    _, keys, queries = driver.launches
+    step = 1 if dilation == 2 else 3
+    places = [32, 8, step * 12 * 64, step * 64]  # 8 along the axis that is not there
+    assert keys[2][18 + 16 : 18 + 24] == places * 2
+    assert queries[2][18 + 16 : 18 + 20] == places
+
+
 def test_chunks_of_queries_cover_the_grid(driver: Driver) -> None:
     """Additional keys of few blocks: the queries are cut into chunks, the last one shorter than the others."""
     shape = (11, 34, 47)

@@ -137,7 +137,19 @@ def test_boxes_that_every_row_sees(problem: Problem, monkeypatch: pytest.MonkeyP
     check(problem, late, monkeypatch)
 
 
-def check(problem: Problem, cuts: dict[str, cost_backward.Cut], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("problem", [
+    Problem.grid((11, 19), (3, 5), stride=(1, 2), batch=2, heads=2, head_dim=32),
+    Problem.grid((4, 6, 9), (2, 3, 2), dilation=(1, 2, 3), heads=3, head_dim=64, additional=33),
+], ids=str)  # fmt: skip
+def test_gradients_of_what_is_packed(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of queries, keys and values as slices of one tensor; nothing between them is written by two."""
+    cuts = {kernel: cost_backward.ranked_cuts(kernel, problem)[0] for kernel in ("keys", "queries")}
+    check(problem, cuts, monkeypatch, is_packed=True)
+
+
+def check(
+    problem: Problem, cuts: dict[str, cost_backward.Cut], monkeypatch: pytest.MonkeyPatch, *, is_packed: bool = False
+) -> None:
     """Run both passes, cut like that, and the one for additional keys."""
     monkeypatch.setattr(backward, "ranked_cuts", lambda kernel, _: (cuts[kernel],))
     monkeypatch.setattr(backward, "function", lambda variant, _: variant)
@@ -157,21 +169,30 @@ def check(problem: Problem, cuts: dict[str, cost_backward.Cut], monkeypatch: pyt
     delta = (truth.out * flat["grad_out"].double()).sum(-1) - flat["grad_lse"].double()
     by_head = [x.transpose(1, 2).contiguous().numpy().astype(np.float32).ravel() for x in (truth.lse * LOG2_E, delta)]
     layouts: list[Layout] = [layout_of(t.shape, t.stride()) for t in (tensors[0], grad_out, *tensors[1:])]
-    passes = backward.Passes(problem, layouts, 0)
+    whole = torch.full((*shapes[0][:-1], 3, problem.heads, problem.head_dim), torch.nan)
+    wanted_at = whole.unbind(-3) if is_packed else [torch.full_like(t, torch.nan) for t in tensors[:3]]
+    passes = backward.Passes(problem, layouts, [layout_of(t.shape, t.stride()) for t in wanted_at], 0)
 
     def placed(tensor: torch.Tensor, room: int) -> np.ndarray[Any, Any]:
         return np.concatenate([np.full(room // 2, np.nan, np.float32), tensor.numpy().ravel()])
 
     given = [placed(t, room) for t, room in zip((tensors[0], grad_out, *tensors[1:]), passes.rooms, strict=True)]
     rooms = [passes.rooms[0], *passes.rooms[2:4]]
-    grads = [placed(torch.full_like(t, torch.nan), room) for t, room in zip(tensors[:3], rooms, strict=True)]
+    if is_packed:
+        assert not any(rooms)
+        grads = [whole.numpy().ravel()[t.storage_offset() :] for t in wanted_at]
+    else:
+        grads = [placed(t, room) for t, room in zip(wanted_at, rooms, strict=True)]
     partial = [np.full(prod(passes.partial_shape), np.nan, np.float32) for _ in range(2)]
     Run.arrays = dict(enumerate([*given, *grads, *by_head, *partial], 1))
     Run.rooms = dict(enumerate([*passes.rooms, *rooms], 1))
     n = len(given)
     sums = (n + 4, n + 5)
     passes.start(range(1, n + 1), range(n + 1, n + 4), (), sums, (n + 6, n + 7), 0, 0)
-    found = [g[room // 2 :].reshape(t.shape) for g, room, t in zip(grads, rooms, tensors, strict=False)]
+    if is_packed:
+        found = [t.numpy() for t in wanted_at]
+    else:
+        found = [g[room // 2 :].reshape(t.shape) for g, room, t in zip(grads, rooms, tensors, strict=False)]
     if problem.additional:
         found += [p.reshape(passes.partial_shape).sum(0) for p in partial]
     for name, ours in zip(inputs._fields, found, strict=False):

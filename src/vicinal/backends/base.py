@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vicinal._tensors import check_packed
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.hardware import Hardware
 from vicinal.plan import Plan
@@ -40,6 +41,20 @@ class Inputs(NamedTuple):
         return Problem.of(**self._asdict(), **settings)
 
 
+def unpacked(query: Any, key: Tensor | None, value: Tensor | None, *extra: Tensor | None) -> Inputs:
+    """The tensors of a call. Where it has no key and no value, its query is all three, `[B, *S, 3, H, D]`.
+
+    Raises:
+        InvalidProblem: if that has another shape.
+    """
+    if key is None or value is None:
+        if not isinstance(query, Tensor):  # other libraries' arrays have shapes and dtypes, too
+            raise InvalidProblem(f"qkv must be a tensor, got {type(query).__name__}")
+        check_packed(query)
+        query, key, value = query.detach().unbind(-3)  # those who call derive the whole
+    return Inputs(query, key, value, *extra)
+
+
 class Output(NamedTuple):
     """What attention gives: `out [B, *S, H, Dv]` in the dtype of the inputs, and the natural log-sum-exp
     of the scaled scores, `lse [B, *S, H]` in float32 (float64 for float64)."""
@@ -49,7 +64,7 @@ class Output(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """One per tensor of `Inputs` that has a gradient, contiguous, in its dtype."""
+    """One per tensor of `Inputs` that has a gradient, in its dtype; contiguous where nobody wanted it elsewhere."""
 
     query: Tensor
     key: Tensor
@@ -57,6 +72,13 @@ class Gradients(NamedTuple):
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
     position_bias: Tensor | None = None
+
+    def moved(self, into: Sequence[Tensor]) -> Gradients:
+        """The same with those of query, key and value copied to where they are wanted, if that is anywhere."""
+        if not into:
+            return self
+        query, key, value = into
+        return self._replace(query=query.copy_(self.query), key=key.copy_(self.key), value=value.copy_(self.value))
 
 
 def no_second_derivative(*_: Any) -> Any:
@@ -99,9 +121,19 @@ class Backend(Protocol):
         ...
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
-        """Gradients of a scalar whose gradients by `out` and `lse` are given."""
+        """Gradients of a scalar whose gradients by `out` and `lse` are given.
+
+        Those of query, key and value are written `into` three tensors like them, if given, whatever their strides;
+        the bits are the same.
+        """
         ...
 
 

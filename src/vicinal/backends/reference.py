@@ -6,6 +6,7 @@ the centre of a window, so that a mistake in one of the two shows in the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
@@ -121,7 +122,13 @@ class Reference:
         return Output(out.contiguous(), lse.permute(0, 3, 1, 2).reshape(shape).contiguous())
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
         p, _, q, k, v = _weights(plan.problem, inputs)
         grad_out = grad_out.to(p.dtype).reshape(*q.shape[:-1], v.shape[-1])
@@ -140,7 +147,7 @@ class Reference:
         def like(grad: Tensor, tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
 
-        return Gradients(
+        gradients = Gradients(
             grad_q.reshape(inputs.query.shape).to(inputs.query.dtype).contiguous(),
             grad_k[:, :tokens].reshape(inputs.key.shape).to(inputs.key.dtype).contiguous(),
             grad_v[:, :tokens].reshape(inputs.value.shape).to(inputs.value.dtype).contiguous(),
@@ -148,6 +155,7 @@ class Reference:
             like(grad_v[:, tokens:], inputs.additional_values),
             like(grad_bias, inputs.position_bias),
         )
+        return gradients.moved(into)
 
 
 def _table_gradient(problem: Problem, grad_scores: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vicinal._tuples import canonical
 from vicinal.errors import InvalidProblem
-from vicinal.functional import Each, neighborhood_attention
+from vicinal.functional import Each, neighborhood_attention, neighborhood_attention_packed
 from vicinal.nn.rope import Rotary
 from vicinal.problem import WHOLE
 
@@ -105,13 +105,19 @@ class NeighborhoodAttention(nn.Module):
                 f"x must be [B, *S, C] with {self.rank} spatial axes and C = {self.qkv.in_features}, "
                 f"got shape {tuple(x.shape)}"
             )
-        heads = (self.num_heads, self.num_heads_kv, self.num_heads_kv)
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)  # [B, *S, H, D]
-        q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
-        windows = self.windows(x.shape[1:-1])
-        out = neighborhood_attention(
-            q, k, v, **windows, scale=self.scale, position_bias=self.table(x.shape[1:-1]), backend=self.backend
-        )
+        shape, qkv = x.shape[1:-1], self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        call: dict[str, Any] = self.windows(shape) | {
+            "scale": self.scale,
+            "backend": self.backend,
+            "position_bias": self.table(shape),
+        }
+        steps = self.q_norm, self.k_norm, self.rotary
+        if self.num_heads == self.num_heads_kv and all(isinstance(step, nn.Identity) for step in steps):
+            out = neighborhood_attention_packed(qkv.unflatten(-2, (3, self.num_heads)), **call)
+        else:
+            q, k, v = qkv.split((self.num_heads, self.num_heads_kv, self.num_heads_kv), dim=-2)  # [B, *S, H, D]
+            q, k = self.rotary(self.q_norm(q)), self.rotary(self.k_norm(k))
+            out = neighborhood_attention(q, k, v, **call)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def table(self, shape: tuple[int, ...]) -> Tensor | None:

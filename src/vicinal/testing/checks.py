@@ -124,6 +124,7 @@ LAWS: tuple[Law, ...] = (
     Law(laws.merged_halves_are_the_whole, CROWDED),
     Law(laws.memory_around_is_not_read, SMALL),
     Law(laws.two_runs_are_bitwise_equal, SMALL),
+    Law(laws.gradients_go_where_they_are_wanted, SMALL),
     Law(laws.an_empty_batch_is_answered, SMALL),
     Law(laws.the_plan_does_not_change_the_answer, SMALL),
 )

@@ -293,6 +293,26 @@ def two_runs_are_bitwise_equal(trial: Trial) -> None:
                 raise AssertionError(f"the gradient of {name} differs in run 2")
 
 
+def gradients_go_where_they_are_wanted(trial: Trial) -> None:
+    """Gradients written into slices of larger tensors have the bits of others, and what lies around stays as it was."""
+    if not trial.has_gradients:
+        return
+    inputs = trial.inputs()
+    output, grads = trial.forward(inputs), make_output_gradients(trial.problem, trial.device, trial.seed)
+    apart = trial.backward(inputs, output, *grads)
+    wholes = [torch.full((*t.shape[:-2], 3, *t.shape[-2:]), torch.nan).to(t) for t in inputs[:3]]
+    into = [whole.select(-3, i) for i, whole in enumerate(wholes)]  # as in one tensor that all three share
+    found = trial.backward(inputs, output, *grads, into=into)
+    for i, (name, whole) in enumerate(zip(Gradients._fields, wholes, strict=False)):
+        if found[i] is not into[i] or not torch.equal(into[i], apart[:3][i]):
+            raise AssertionError(f"the gradient of {name} is another where it was wanted")
+        if not whole[..., [n for n in range(3) if n != i], :, :].isnan().all():
+            raise AssertionError(f"around the gradient of {name} something was written")
+    for name, a, b in zip(Gradients._fields[3:], found[3:], apart[3:], strict=True):
+        if a is not b and not (a is not None and b is not None and torch.equal(a, b)):
+            raise AssertionError(f"the gradient of {name} is another where others went elsewhere")
+
+
 def an_empty_batch_is_answered(trial: Trial) -> None:
     """No batch rows in, none out, and no complaint."""
     trial = replace(trial, problem=replace(trial.problem, batch=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +49,16 @@ class Trial:
         return Output(*output)
 
     def backward(
-        self, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None, tiling: Tiling | None = None
+        self,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        tiling: Tiling | None = None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
         plan = make_plan(self.problem, tiling or self.default)
-        return self.backend.backward(plan, inputs, output, grad_out, grad_lse)
+        return self.backend.backward(plan, inputs, output, grad_out, grad_lse, into)
 
 
 def assert_solved(

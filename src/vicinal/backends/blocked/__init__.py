@@ -99,9 +99,15 @@ class Blocked:
         return forward(plan, inputs)
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
-        return backward(plan, inputs, output, grad_out, grad_lse)
+        return backward(plan, inputs, output, grad_out, grad_lse).moved(into)
 
 
 backend = Blocked()

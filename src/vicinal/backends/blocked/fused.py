@@ -148,7 +148,13 @@ class Fused:
         return forward(plan, inputs)
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
         raise Unsupported("backend 'fused' computes no gradients")
 

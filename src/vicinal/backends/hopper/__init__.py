@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -100,10 +100,16 @@ class Hopper:
         return Output(out, lse)
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
         """Gradients, cut by a choice of its own: `plan.tiling` is the forward pass's."""
-        return backward.gradients(plan.problem, inputs, output, grad_out, grad_lse)
+        return backward.gradients(plan.problem, inputs, output, grad_out, grad_lse, into)
 
 
 def outputs_of(query: Tensor, launch: Launch) -> Output:

@@ -28,6 +28,7 @@ from vicinal.backends.hopper.launch import (
     can_map,
     function,
     geometry,
+    is_mappable,
     kernel_scale,
     layout_of,
     slab,
@@ -47,9 +48,18 @@ ADDITIONAL_BLOCKS = 2 * MULTIPROCESSORS
 """Blocks that the gradients of additional keys are spread over, about."""
 
 
-def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+def gradients(
+    problem: Problem,
+    inputs: Inputs,
+    output: Output,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    into: Sequence[Tensor] = (),
+) -> Gradients:
     """Gradients of all inputs, see `Backend.backward`."""
     query, device = inputs.query, inputs.query.device
+    if not can_write(problem, into):
+        return gradients(problem, inputs, output, grad_out, grad_lse).moved(into)
     if problem.batch == 0:
         return Gradients(*(torch.zeros_like(tensor) for tensor in inputs[:5] if tensor is not None))
     if problem.scale < 0:
@@ -57,14 +67,14 @@ def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor
     more, lengths = additional(inputs, problem)
     tensors = [query, grad_out, inputs.key, inputs.value, *more]
     at = query.get_device()
-    passes = launches.find(problem, tensors, at)
+    passes = launches.find(problem, tensors, at, tuple([grad.stride() for grad in into]))
     addresses = [tensor.data_ptr() for tensor in tensors]
     out, lse = output.out.contiguous(), output.lse.contiguous()
     if out.data_ptr() % ALIGNMENT:
         out = out.clone()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     by_head, sums = two((problem.batch, problem.heads, problem.tokens), device)
-    grads = [new_as(tensor, passes.copy_room) for tensor in (query, inputs.key, inputs.value)]
+    grads = into or [new_as(tensor, passes.copy_room) for tensor in (query, inputs.key, inputs.value)]
     partial, partials = two(passes.partial_shape, device) if problem.additional else (by_head, sums)
     stream = torch._C._cuda_getCurrentRawStream(at)
     pointers = (out.data_ptr(), addresses[1], lse.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(), *sums)
@@ -79,6 +89,14 @@ def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor
     return Gradients(*grads, *more_grads)
 
 
+def can_write(problem: Problem, into: Sequence[Tensor]) -> bool:
+    """Whether kernels can write to these. Where dilations do not divide axes, maps begin before their tensors."""
+    if not into:
+        return True
+    is_even = all(axis.length % axis.dilation == 0 for axis in problem.axes)
+    return problem.batch > 0 and is_even and all(map(is_mappable, into))
+
+
 def two(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, int]]:
     """Two float32 tensors of a shape in one, and their addresses."""
     both = torch.empty((2, *shape), dtype=torch.float32, device=device)
@@ -87,25 +105,28 @@ def two(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int
 
 
 @lru_cache(maxsize=1024)
-def prepared(problem: Problem, strides: Strides, device: int) -> Passes | None:
-    """The passes on tensors with these strides, built once; None if one of them must be copied first."""
+def prepared(problem: Problem, strides: Strides, device: int, into: Strides) -> Passes | None:
+    """The passes on tensors with these strides, `into` such; built once; None if one must be copied first."""
     queries, keys = (problem.heads, problem.head_dim), (problem.heads_kv, problem.head_dim)
     shapes = [(*problem.shape, *queries)] * 2 + [(*problem.shape, *keys)] * 2 + [(problem.additional, *keys)] * 2
     layouts = [layout_of((problem.batch, *shape), step) for shape, step in zip(shapes, strides, strict=False)]
-    return Passes(problem, layouts, device) if all(map(can_map, layouts)) else None
+    grads = [layout_of((problem.batch, *shapes[i]), step) for i, step in zip((0, 2, 3), into, strict=False)]
+    grads = grads or [contiguous(layout) for layout in (layouts[0], *layouts[2:4])]
+    return Passes(problem, layouts, grads, device) if all(map(can_map, layouts)) else None
 
 
 class Passes:
     """All kernels of a backward pass, for tensors of given shapes and strides; only addresses change.
 
-    Takes the layouts of the query, the output's gradient, the key, the value and the additional keys and values.
+    Takes the layouts of the query, the output's gradient, the key, the value and the additional keys and values, and
+    those of the gradients of query, key and value.
     """
 
-    def __init__(self, problem: Problem, layouts: Sequence[Layout], device: int) -> None:
+    def __init__(self, problem: Problem, layouts: Sequence[Layout], gradients: Sequence[Layout], device: int) -> None:
         axes = three_axes(problem.axes)
         single = (Axis(1, 1), Axis(1, 1), Axis(max(problem.additional, 1), 1))
         inputs = [geometry(layout, single if i >= 4 else axes) for i, layout in enumerate(layouts)]
-        grads = [geometry(contiguous(layout), axes) for layout in (layouts[0], *layouts[2:4])]
+        grads = [geometry(layout, axes) for layout in gradients]
         self.rooms = [place.room for place in inputs]
         self.needs_room = any(self.rooms)
         self.copy_room = grads[0].room  # no fewer heads than any other

@@ -12,7 +12,7 @@ from torch import Tensor
 from vicinal.backends.base import Inputs
 from vicinal.backends.devices import empty_as
 from vicinal.backends.hopper.launch import is_mappable
-from vicinal.backends.remembered import Remembered, Strides
+from vicinal.backends.remembered import Remembered
 from vicinal.problem import Problem
 
 
@@ -35,7 +35,7 @@ P = TypeVar("P", bound=Placed)
 class Launches(Remembered[S, P]):
     """Launches, found by what they are for. Tensors that lie where a map may not begin are copied, too."""
 
-    def __init__(self, build: Callable[[S, Strides, int], P | None]) -> None:
+    def __init__(self, build: Callable[..., P | None]) -> None:
         super().__init__(build, lambda tensor: tensor if is_mappable(tensor) else copy(tensor))
 
     def find(self, subject: S, tensors: list[Tensor], device: int, *also: Hashable) -> P:

@@ -7,7 +7,7 @@ from two passes that each own what they write, so that they are the same in ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -109,13 +109,19 @@ class Triton:
         return Output(out, lse)
 
     def backward(
-        self, plan: Plan, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        output: Output,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        into: Sequence[Tensor] = (),
     ) -> Gradients:
         """Gradients, cut by a choice of its own: `plan.tiling` is the forward pass's."""
         if output.lse.numel():
-            return gradients.gradients(plan.problem, inputs, output, grad_out, grad_lse)
+            return gradients.gradients(plan.problem, inputs, output, grad_out, grad_lse, into)
         grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in inputs]
-        return Gradients(*grads[:5], position_bias=grads[6])  # type: ignore[arg-type]
+        return Gradients(*grads[:5], position_bias=grads[6]).moved(into)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ ones, and the position bias. Nothing is added to memory, so the same inputs give
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
@@ -24,6 +25,7 @@ from vicinal.backends.triton.launch import (
     Call,
     Operands,
     inputs_of,
+    is_readable,
     parts_of,
     places_of,
     readable,
@@ -112,13 +114,14 @@ GRADIENTS = ("grad_query", "grad_key", "grad_value")
 
 
 @lru_cache(maxsize=1024)
-def prepared(problem: Problem, strides: Strides, device: int, *_: Any) -> Passes | None:
-    """The passes on tensors with these strides; `None` if one of them must be copied first.
+def prepared(problem: Problem, strides: Strides, device: int, into: Strides, *_: Any) -> Passes | None:
+    """The passes on tensors with these strides, `into` such; `None` if one of them must be copied first.
 
     What they are `told` otherwise they ask for themselves: here that only tells some from others.
     """
     names = ("query", "key", "value", *(("more_key", "more_value") if problem.additional else ()), "out", "grad_out")
-    operands = Operands(problem, dict(zip(names, strides, strict=True)), GRADIENTS, device)
+    given = dict(zip(names, strides, strict=True)) | dict(zip(GRADIENTS, into, strict=False))
+    operands = Operands(problem, given, () if into else GRADIENTS, device)
     return Passes(operands) if operands.is_readable else None
 
 
@@ -131,15 +134,24 @@ def forget() -> None:
     prepared.cache_clear()
 
 
-def gradients(problem: Problem, inputs: Inputs, output: Output, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+def gradients(
+    problem: Problem,
+    inputs: Inputs,
+    output: Output,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    into: Sequence[Tensor] = (),
+) -> Gradients:
     """Gradients of all inputs, see `Backend.backward`, where there is at least one query."""
+    if not all(map(is_readable, into)):
+        return gradients(problem, inputs, output, grad_out, grad_lse).moved(into)
     device = inputs.query.get_device()
     given = inputs_of(problem, inputs) | {"out": output.out, "grad_out": grad_out}
     tensors = list(given.values())
-    found = passes.find(problem, tensors, device, *told(problem))
+    found = passes.find(problem, tensors, device, tuple([grad.stride() for grad in into]), *told(problem))
     lse = output.lse.contiguous()
     at = inputs.query.device
-    grads = [empty_as(inputs.query), empty_as(inputs.key), empty_as(inputs.value)]
+    grads = into or [empty_as(inputs.query), empty_as(inputs.key), empty_as(inputs.value)]
     scratch = torch.empty(found.scratch, dtype=torch.float32, device=at)
     partial = [torch.empty(shape, dtype=torch.float32, device=at) for shape in found.partial_shapes]
     table = torch.empty(problem.bias_shape, dtype=torch.float32, device=at) if problem.position_bias else None

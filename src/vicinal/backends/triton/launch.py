@@ -50,12 +50,15 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether kernels can read, and write, a tensor where it lies."""
+    is_aligned = tensor.data_ptr() % ALIGNMENT == 0
+    return is_aligned and steps_of(tensor.shape, tensor.stride(), tensor.element_size()) is not None
+
+
 def readable(tensor: Tensor) -> Tensor:
     """`tensor`, or a contiguous copy of it if kernels cannot read it."""
-    is_aligned = tensor.data_ptr() % ALIGNMENT == 0
-    if is_aligned and steps_of(tensor.shape, tensor.stride(), tensor.element_size()) is not None:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def is_wide(axes: Sequence[Axis], boxes: Sequence[Box], steps: Steps, itemsize: int) -> bool:
