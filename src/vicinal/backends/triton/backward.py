@@ -76,14 +76,14 @@ def add_key_gradients(p, q, do, v, shift, dk, dv, V: tl.constexpr):
 @triton.jit
 def query_gradients(
     query, key, value, out, more_key, more_value, bias, grad_out, grad_query, lse, grad_lse, facts, sums, delta,
-    lengths, axes, steps, heads, group, additional, scale, V: tl.constexpr,
+    lengths, axes, steps, heads, group, additional, has_grad_lse, scale, V: tl.constexpr,
 ):  # fmt: skip
     """One block: the gradients of one tile of queries of one head, and what the other passes must know of them.
 
     Args:
         query, key, value, out, more_key, more_value, bias, lengths: as in `forward.forward`.
         grad_out, grad_query: `[B, *S, H, D]`.
-        lse, grad_lse: `[B, *S, H]`.
+        lse, grad_lse: `[B, *S, H]`; the latter is not read unless `has_grad_lse`.
         facts: written, `[B, H, *S, FACTS]`: the log-sum-exp times log2(e), `-delta`, and what is never looked at.
         sums, delta: written if another pass than that for keys wants them, `[B, H, *S]`: the former, and `delta`.
         axes, steps, heads, group, additional, scale, V: as in `forward.forward`.
@@ -109,7 +109,8 @@ def query_gradients(
     o = load(at, vectors_in(ROWS, axes, steps.out, V), here, V.head_dim_v, DV)
     token = token_at(tile.batch, t, h, w, tile, axes)
     place = (token + tokens_in(ROWS, axes)) * heads + tile.head
-    shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.load(grad_lse + place, mask=here, other=0.0)
+    shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    shift -= tl.load(grad_lse + place, mask=here & (has_grad_lse != 0), other=0.0)
     total = tl.load(lse + place, mask=here, other=0.0) * LOG2_E
     place = token_at(tile.batch * heads + tile.head, t, h, w, tile, axes) + tokens_in(ROWS, axes)
     tl.store(facts + place * FACTS, total, mask=here)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vicinal.backends.triton.tile import (
+    LOG2_E,
     entry_of,
     exist,
     load,
@@ -123,7 +124,7 @@ def bias_gradients(
             keep = mask_of(windows, t + t_ahead - tile.t.origin, h + h_ahead - tile.h.origin,
                            w + w_ahead - tile.w.origin, V)  # fmt: skip
             here = exist(ROWS, t, h, w, tile, V)
-            added = tl.load(table + entries, mask=keep & here[:, None], other=float("-inf"))
+            added = tl.load(table + entries, mask=keep & here[:, None], other=float("-inf")) * LOG2_E
             near = lie_inside(t + t_ahead, t_place, tile.t) & lie_inside(h + h_ahead, h_place, tile.h)
             near = near & lie_inside(w + w_ahead, w_place, tile.w)
             query_at = vector_at(query, t, h, w, tile, head, axes, steps.query, V)

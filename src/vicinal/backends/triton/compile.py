@@ -44,6 +44,7 @@ KINDS: dict[str, Any] = {
     "slots": (SlotArgs("i32", "i32"),) * 3,
     "steps": Steps(*[StepArgs("i64", *["i32"] * 4)] * 10),
     **dict.fromkeys(("heads", "group", "additional", "chunk", "chunks", "first_head", "batches"), "i32"),
+    "has_grad_lse": "i32",
     "scale": "fp32",
     "V": "constexpr",
 }

@@ -54,7 +54,7 @@ def forward(
     Args:
         query, key, value, out: `[B, *S, H, D]`.
         more_key, more_value: additional keys and values, `[B, M, Hkv, D]`.
-        bias: `[H, 2 * k - 1, ...]`, times log2(e).
+        bias: `[H, 2 * k - 1, ...]`, float32.
         lse: `[B, *S, H]`.
         lengths: how many additional keys count, `[B]`.
         axes: an `AxisArgs` each.

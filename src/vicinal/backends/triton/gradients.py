@@ -47,13 +47,13 @@ class Passes:
     there are additional keys.
     """
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands, has_grad_lse: bool) -> None:
         problem, hardware = operands.problem, operands.hardware
         keys = best_cut("keys", problem, hardware)
         cut = best_cut("queries", problem, hardware)
         summed = summed_cut(problem, cut)
         cut = cut._replace(sums=summed is not None)
-        self._calls = [operands.call("queries", cut), operands.call("keys", keys)]
+        self._calls = [operands.call("queries", cut, has_grad_lse=int(has_grad_lse)), operands.call("keys", keys)]
         queries = problem.batch * problem.heads * problem.tokens
         sizes = {"facts": FACTS * queries}
         if problem.additional or problem.position_bias:
@@ -114,7 +114,9 @@ GRADIENTS = ("grad_query", "grad_key", "grad_value")
 
 
 @lru_cache(maxsize=1024)
-def prepared(problem: Problem, strides: Strides, device: int, into: Strides, *_: Any) -> Passes | None:
+def prepared(
+    problem: Problem, strides: Strides, device: int, into: Strides, has_grad_lse: bool, *_: Any
+) -> Passes | None:
     """The passes on tensors with these strides, `into` such; `None` if one of them must be copied first.
 
     What they are `told` otherwise they ask for themselves: here that only tells some from others.
@@ -122,7 +124,7 @@ def prepared(problem: Problem, strides: Strides, device: int, into: Strides, *_:
     names = ("query", "key", "value", *(("more_key", "more_value") if problem.additional else ()), "out", "grad_out")
     given = dict(zip(names, strides, strict=True)) | dict(zip(GRADIENTS, into, strict=False))
     operands = Operands(problem, given, () if into else GRADIENTS, device)
-    return Passes(operands) if operands.is_readable else None
+    return Passes(operands, has_grad_lse) if operands.is_readable else None
 
 
 passes = Remembered(prepared, readable)
@@ -148,7 +150,8 @@ def gradients(
     device = inputs.query.get_device()
     given = inputs_of(problem, inputs) | {"out": output.out, "grad_out": grad_out}
     tensors = list(given.values())
-    found = passes.find(problem, tensors, device, tuple([grad.stride() for grad in into]), *told(problem))
+    into_strides = tuple([grad.stride() for grad in into])
+    found = passes.find(problem, tensors, device, into_strides, grad_lse is not None, *told(problem))
     lse = output.lse.contiguous()
     at = inputs.query.device
     grads = into or [empty_as(inputs.query), empty_as(inputs.key), empty_as(inputs.value)]
@@ -157,7 +160,7 @@ def gradients(
     table = torch.empty(problem.bias_shape, dtype=torch.float32, device=at) if problem.position_bias else None
     named = dict(zip(given, tensors, strict=True)) | small_inputs_of(problem, inputs)
     named |= dict(zip(GRADIENTS, grads, strict=True)) | {"lse": lse}
-    named["grad_lse"] = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+    named["grad_lse"] = lse if grad_lse is None else grad_lse.contiguous()
     named |= dict(zip(("partial_key", "partial_value"), partial, strict=False))
     if table is not None:
         named["grad_bias"] = table

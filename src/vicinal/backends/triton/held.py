@@ -168,7 +168,7 @@ def forward_held(
 @triton.jit
 def query_gradients_held(
     query, key, value, out, bias, grad_out, grad_query, lse, grad_lse, facts, sums, delta, partial_bias,
-    axes, steps, heads, group, batches, chunk, scale, V: tl.constexpr,
+    axes, steps, heads, group, batches, chunk, has_grad_lse, scale, V: tl.constexpr,
 ):  # fmt: skip
     """One block: the gradients of one tile of queries of one head, in `chunk` batch rows.
 
@@ -213,7 +213,8 @@ def query_gradients_held(
         do = load(grad_at, grad_offsets, here, V.head_dim_v, DV)
         o = load(out_at, out_offsets, here, V.head_dim_v, DV)
         place = by_token + tokens_in(ROWS, axes) * heads
-        shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.load(grad_lse + place, mask=here, other=0.0)
+        shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        shift -= tl.load(grad_lse + place, mask=here & (has_grad_lse != 0), other=0.0)
         total = tl.load(lse + place, mask=here, other=0.0) * LOG2_E
         place = by_head + tokens_in(ROWS, axes)
         tl.store(facts + place * FACTS, total, mask=here)

@@ -155,7 +155,7 @@ def inputs_of(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def small_inputs_of(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
-    """What all passes read of another form: lengths in 32 bits, and a bias that is added to powers of two."""
+    """What all passes read of one form alone: lengths and a bias in 32 bits."""
     tensors: dict[str, Tensor] = {}
     if problem.additional:
         lengths, (batch, most, *_) = inputs.additional_lengths, inputs.additional_keys.shape
@@ -164,7 +164,8 @@ def small_inputs_of(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
         else:
             tensors["lengths"] = lengths.to(torch.int32)
     if inputs.position_bias is not None:
-        tensors["bias"] = inputs.position_bias.float().mul(LOG2_E).contiguous()
+        table = inputs.position_bias.float().contiguous()  # as a layer's is: nothing to be done
+        tensors["bias"] = table.clone() if table.data_ptr() % ALIGNMENT else table
     return tensors
 
 

@@ -267,7 +267,7 @@ def bias_in(table, entries, keep, t, h, w, axes, V: tl.constexpr):
         entry = entries[:, None] - columns[None, :]
     else:
         entry = columns[None, :] - entries[:, None]
-    return tl.load(table + entry, mask=keep, other=float("-inf"))
+    return tl.load(table + entry, mask=keep, other=float("-inf")) * LOG2_E
 
 
 @triton.jit
