@@ -92,20 +92,30 @@ HELD = (
     Problem.grid((3, 4, 5), (2, 3, 3), batch=2, heads=1, head_dim=24, scale=-0.3),
     Problem.grid((70,), 33, batch=2, heads=2, heads_kv=1, head_dim=16, scale=0.0),
     Problem.grid((11, 7), (5, 3), dilation=(2, 1), batch=3, heads=2, head_dim=16, is_causal=(False, True)),
+    Problem.grid((9, 5), (4, 5), dilation=(2, 1), batch=3, heads=2, heads_kv=1, head_dim=8),
+    Problem.grid((12, 5), (6, 4), dilation=(2, 1), stride=(1, 3), batch=5, heads=2, head_dim=16, scale=-0.2),
 )
 
 
 @pytest.mark.parametrize("problem", HELD, ids=str)
-def test_passes_that_hold_a_position_bias_are_right(problem: Problem) -> None:
+def test_passes_that_hold_a_position_bias_are_right(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a window is a whole dilation group, and every head has keys of its own, one kernel gives all gradients."""
+    ran: list[str] = []
+    interpret = compiling.interpret
+    spy = lambda variant, *rest: (ran.append(variant.kernel), interpret(variant, *rest))  # noqa: E731
+    monkeypatch.setattr(compiling, "interpret", spy)
     problem, hardware = replace(problem, dtype="float16", position_bias=True), present(CPU)
     passes = ("forward", "queries", *(("keys",) if problem.heads == problem.heads_kv else ()))
     known = {name: [cut for cut in cuts(name, problem, hardware, most=9999) if cut.held] for name in passes}
     held = [max(known[name], key=lambda cut: (cut.sums, prod(cut.held))) for name in passes]
-    assert problem.rank == 1 or all(prod(cut.held) == MOST_HELD or cut.sums for cut in held)
-    assert any(cut.sums for cut in held) == (problem.dilation == (2, 1))
+    is_whole = problem.dilation == (2, 1)
+    assert problem.rank == 1 or is_whole or all(prod(cut.held) == MOST_HELD for cut in held)
+    assert any(cut.sums for cut in held) == is_whole
     assert all(cut_as(name, problem, hardware, choice_of(cut)) == cut for name, cut in zip(passes, held, strict=True))
     chosen = tuple((name, choice_of(cut)) for name, cut in zip(passes, held, strict=True))
     check_drawn(Drawn(3, problem, chosen, next(iter(LAYOUTS))), portable.backend, CPU, hardware)
+    assert ran[1] == ("whole" if is_whole and problem.heads == problem.heads_kv else "queries_held")
+    assert ("bias" in ran) != is_whole
 
 
 @pytest.mark.parametrize("position_bias", [False, True])

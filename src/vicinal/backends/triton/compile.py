@@ -21,6 +21,7 @@ from vicinal.backends.triton.backward_bias import bias_gradients, diagonal_sums
 from vicinal.backends.triton.forward import forward
 from vicinal.backends.triton.held import forward_held, key_gradients_held, query_gradients_held
 from vicinal.backends.triton.variant import AxisArgs, SlotArgs, StepArgs, Steps, Variant
+from vicinal.backends.triton.whole import whole_gradients
 
 KERNELS = {
     "forward": forward,
@@ -28,6 +29,7 @@ KERNELS = {
     "keys": key_gradients,
     "forward_held": forward_held,
     "queries_held": query_gradients_held,
+    "whole": whole_gradients,
     "keys_held": key_gradients_held,
     "additional": additional_gradients,
     "bias": bias_gradients,

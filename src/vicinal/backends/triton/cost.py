@@ -291,5 +291,5 @@ def variant_of(kernel: str, problem: Problem, cut: Cut, precision: str, is_wide:
         stages=cut.shape.stages,
         registers=cut.shape.registers,
         sums=cut.sums and kernel == "queries",
-        held=three(cut.held) if cut.held and kernel in HELD else (0, 0, 0),
+        held=three(cut.held) if cut.held and kernel in (*HELD, "whole") else (0, 0, 0),
     )

@@ -1,7 +1,8 @@
 """The backward pass on the host: what its kernels are told, and in which order they run.
 
 The pass for queries leaves to the others what they must know of each query; then come keys and values, additional
-ones, and the position bias. Nothing is added to memory, so the same inputs give the same bits.
+ones, and the position bias. Where windows are whole dilation groups one kernel does most of it, see `whole`. Nothing
+is added to memory, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -53,11 +54,15 @@ class Passes:
         cut = best_cut("queries", problem, hardware)
         summed = summed_cut(problem, cut)
         cut = cut._replace(sums=summed is not None)
-        self._calls = [operands.call("queries", cut, has_grad_lse=int(has_grad_lse)), operands.call("keys", keys)]
-        queries = problem.batch * problem.heads * problem.tokens
-        sizes = {"facts": FACTS * queries}
-        if problem.additional or problem.position_bias:
-            sizes |= {"sums": queries, "delta": queries}
+        sizes: dict[str, int] = {}
+        if summed is not None and problem.heads == problem.heads_kv:
+            self._calls = [operands.call("whole", cut, has_grad_lse=int(has_grad_lse))]
+        else:
+            self._calls = [operands.call("queries", cut, has_grad_lse=int(has_grad_lse)), operands.call("keys", keys)]
+            queries = problem.batch * problem.heads * problem.tokens
+            sizes["facts"] = FACTS * queries
+            if problem.additional or problem.position_bias:
+                sizes |= {"sums": queries, "delta": queries}
         self.partial_shapes: list[tuple[int, ...]] = []
         if problem.additional:
             call, chunks = additional_call(operands, keys)

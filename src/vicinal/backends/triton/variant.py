@@ -71,7 +71,8 @@ class Variant:
     Args:
         kernel: `"forward"`, `"queries"` (their gradient), `"keys"` (that of keys and values),
             `"additional"` (that of additional keys and values), `"bias"` (that of the position bias) or
-            `"diagonals"` (its second half); the first three with `"_held"` are those of `held`.
+            `"diagonals"` (its second half); the first three with `"_held"` are those of `held`, `"whole"` is that
+            of `whole`.
         dtype: of the tensors.
         head_dim, head_dim_v: elements of a query or key, and of a value.
         rank: axes of the grid; those before them hold one token.
@@ -83,7 +84,8 @@ class Variant:
         precision: how float32 is multiplied, in Triton's words.
         is_wide: whether offsets inside a box need 64 bits.
         held: boxes of a tile along each axis, all of whose bias a block holds.
-        sums: whether a block of the pass for queries sums what the gradient of the position bias is made of.
+        sums: whether a block of the pass for queries sums what the gradient of the position bias is made of; one of
+            `"whole"` always does.
         registers: of a thread at most, on NVIDIA's; 0 leaves them to the assembler.
         warps, stages: warps of a block, and boxes in flight.
     """
