@@ -160,6 +160,19 @@ def test_a_box_takes_few_instructions(kernel: str, tmp_path: Path) -> None:
     assert max(map(len, loops_of(made, tmp_path))) <= IN_BOX[kernel]
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
+@pytest.mark.parametrize("shape", [(4099,), (130, 200), (30, 48, 80)], ids=len)
+def test_boxes_are_loaded_ahead(shape: tuple[int, ...], kernel: str, arch: int, tmp_path: Path) -> None:
+    problem = Problem.grid(shape, 25, heads=4, head_dim=128, dtype="bfloat16")
+    ahead = [cut for cut in cuts(kernel, problem, hardware_of(arch), most=1000) if cut.shape.stages > 2]
+    (loop,) = loops_of(made_as(kernel, problem, ahead[0], arch), tmp_path)
+    waits = [line for line in loop if "DEPBAR.LE SB0" in line]
+    assert ahead[0].masked and waits
+    # Waiting for all but none that are on their way is waiting for the box that was asked for last.
+    assert not any(line.rstrip().endswith(" 0x0") for line in waits)
+
+
 @pytest.mark.parametrize("arch", [80, 86, 90, 120])
 @pytest.mark.parametrize("kernel", ["forward", "queries", "keys"])
 def test_long_heads_are_not_read_from_memory_in_every_box(kernel: str, arch: int, tmp_path: Path) -> None:

@@ -208,12 +208,16 @@ def boxes_of(tile, V: tl.constexpr):
 
 @triton.jit
 def is_full(t, h, w, tile, V: tl.constexpr):
-    """Whether every row sees every column of a box."""
-    full = (w >= tile.w.full_start) & (w + V.columns[2] <= tile.w.full_stop)
+    """Whether every row sees every column of a box.
+
+    Bounds move, not places: were the sums of `next_box` wanted here, too, the compiler would make them late, once for
+    both, and then no box could be loaded ahead.
+    """
+    full = (w >= tile.w.full_start) & (w <= tile.w.full_stop - V.columns[2])
     if V.rank > 1:
-        full = full & (h >= tile.h.full_start) & (h + V.columns[1] <= tile.h.full_stop)
+        full = full & (h >= tile.h.full_start) & (h <= tile.h.full_stop - V.columns[1])
     if V.rank > 2:
-        full = full & (t >= tile.t.full_start) & (t + V.columns[0] <= tile.t.full_stop)
+        full = full & (t >= tile.t.full_start) & (t <= tile.t.full_stop - V.columns[0])
     return full
 
 
