@@ -50,12 +50,14 @@ def test_another_natten_is_not_pushed_aside_unasked(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("additional", [0, 4])
-def test_old_halves_with_bias_are_attention(natten: Any, rank: int, is_causal: bool, additional: int):
+@pytest.mark.parametrize("additional", [None, 0, 4])
+def test_old_halves_with_bias_are_attention(natten: Any, rank: int, is_causal: bool, additional: int | None):
     shape, sizes = (11, 9, 7)[:rank], (5, 3, 3)[:rank]
     dilation = (2, 1, 2)[:rank]
     q, k, v = (torch.randn(2, 3, *shape, 8, dtype=torch.float64) for _ in range(3))
-    extra = [torch.randn(2, 3, additional, 8, dtype=torch.float64) for _ in range(2)] if additional else [None, None]
+    extra: list[Any] = [None, None]
+    if additional is not None:  # none at all is not the same as none of them
+        extra = [torch.randn(2, 3, additional, 8, dtype=torch.float64) for _ in range(2)]
     rpb = torch.randn(3, *(2 * n - 1 for n in sizes), dtype=torch.float64)
     qk, av = (getattr(natten.functional, f"na{rank}d_{half}") for half in ("qk", "av"))
     scores = qk(q * 8**-0.5, k, sizes, dilation, additional_keys=extra[0], is_causal=is_causal, rpb=rpb)

@@ -93,7 +93,7 @@ def test_dense_layers_and_steps():
 def test_first_and_last():
     assert first_and_last(3, "dense_steps") == (3, 0)
     assert first_and_last([3, 1], "dense_steps") == (3, 1)
-    for wrong in (-1, (1,), (1, -2), (1, 2, 3)):
+    for wrong in (-1, 1.5, True, "3", (1,), (1, -2), (1, 2, 3)):
         with pytest.raises(InvalidProblem, match="dense_steps must be a number of first ones, or"):
             first_and_last(wrong, "dense_steps")
 

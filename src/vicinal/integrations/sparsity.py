@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vicinal._tuples import canonical, times
+from vicinal._tuples import canonical, is_integer, times
 from vicinal.errors import InvalidProblem
 from vicinal.problem import WHOLE, make_axes
 
@@ -112,6 +112,8 @@ class Sparsity:
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        if self.steps is not None and (not is_integer(self.steps) or self.steps < 1):
+            raise InvalidProblem(f"steps must be an integer of at least 1, got {self.steps!r}")
         if self.dense_steps[1] and self.steps is None:
             raise InvalidProblem(
                 f"dense_steps={self.dense_steps} keeps the last {self.dense_steps[1]} steps dense; pass steps= as "
@@ -136,8 +138,8 @@ def first_and_last(value: int | Sequence[int], name: str) -> tuple[int, int]:
         >>> first_and_last(3, "dense_steps")
         (3, 0)
     """
-    pair = (value, 0) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(number >= 0 for number in pair):
+    pair = tuple(value) if isinstance(value, Sequence) else (value, 0)
+    if len(pair) != 2 or not all(is_integer(number) and number >= 0 for number in pair):
         raise InvalidProblem(f"{name} must be a number of first ones, or (first ones, last ones), got {value!r}")
     return pair[0], pair[1]
 
@@ -146,7 +148,7 @@ def _check(name: str, value: Length) -> None:
     if isinstance(value, float):
         if not 0 < value <= 1:
             raise InvalidProblem(f"{name} as a share of an axis must lie in (0, 1], got {value}")
-    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+    elif not is_integer(value):
         raise InvalidProblem(f"{name} must be tokens (integers) or shares of an axis (floats), got {value!r}")
     elif value < 1 and not (name == "kernel_size" and value == WHOLE):
         whole = ", or -1 for a whole axis" if name == "kernel_size" else ""

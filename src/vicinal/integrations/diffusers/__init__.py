@@ -85,6 +85,10 @@ def sparsify(
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise InvalidProblem(f"pass exactly one of kernel_size, preset and rule, got {' and '.join(named) or 'none'}")
+    if rule is not None and not callable(rule):
+        raise InvalidProblem(f"rule must be a function of layer and step, got {rule!r}")
+    if grid is not None and not isinstance(grid, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidProblem(f"grid must be a tuple of tokens, one number per axis, got {grid!r}")
     if rule is None:
         rule = _rule(model, kernel_size, stride, dilation, dense_layers, dense_steps, steps, preset)
     elif (stride, dilation, dense_layers, dense_steps, steps) != (1, 1, 0, None, None):

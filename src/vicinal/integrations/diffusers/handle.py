@@ -109,7 +109,11 @@ class Sparsified:
     def _settings(self, grid: tuple[int, ...], step: int) -> list[Setting | None]:
         settings: list[Setting | None] = []
         for index, name in enumerate(self.layers):
-            window = self._rule(index, step)
+            window: Any = self._rule(index, step)
+            if window is not None and not isinstance(window, Window):
+                raise InvalidProblem(
+                    f"rule must give a Window or None, got {window!r} for layer {index} at step {step}"
+                )
             try:
                 settings.append(None if window is None else window.on(grid))
             except InvalidProblem as error:

@@ -83,7 +83,7 @@ def _av(rank: int) -> Callable[..., Tensor]:
         out = out.movedim(-2, 1)
         if additional_values is None:
             return out
-        return out + (attn[..., -extra:].flatten(2, -2) @ additional_values).view(out.shape)
+        return out + (attn[..., attn.shape[-1] - extra :].flatten(2, -2) @ additional_values).view(out.shape)
 
     av.__name__ = av.__qualname__ = f"na{rank}d_av"
     av.__doc__ = (
