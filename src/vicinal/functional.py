@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vicinal import _eager, flops, ops
+from vicinal import _eager, _transforms, flops, ops
 from vicinal.backends.base import Inputs, unpacked
-from vicinal.errors import InvalidProblem, Unsupported
+from vicinal.errors import InvalidProblem
 from vicinal.tiling import Tiling
 
 T = TypeVar("T")
@@ -220,13 +220,14 @@ def _attend(
         _refuse_tangents(*floats)
         flops.ensure_registered()
     rank = tensors[0].ndim - (4 if is_packed else 3)
-    out, lse = ops.attention(
+    out, lse = _transforms.attention(
         *tensors,
         *(each(setting, rank) for setting in settings.values()),
         tensors[0].shape[-1] ** -0.5 if scale is None else float(scale),
         backend or "",
         ops.encode(tiling),
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats),
+        torch.is_grad_enabled()
+        and (_transforms.is_transformed() or any(t is not None and t.requires_grad for t in floats)),
     )
     return AttentionOutput(out, lse)
 
@@ -368,10 +369,7 @@ def each(value: Any, rank: int) -> list[Any]:
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """Forward-mode derivatives would silently come out as zero: PyTorch has no rule for them in custom operators."""
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise Unsupported(
-            "forward-mode derivatives (jvp) of neighborhood attention are not offered; use reverse mode, "
-            "torch.autograd.grad or torch.func.vjp"
-        )
+        _transforms.refuse_tangents()
 
 
 def _autocast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
