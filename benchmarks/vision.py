@@ -250,13 +250,17 @@ def measured(facts: dict[str, Any], mode: str, run: Callable[[], Any]) -> dict[s
     return today(torch.device("cuda")) | facts | found | {"mode": mode, "gib": gib}
 
 
-def contend(rank: int, case: str, names: list[str], modes: list[str], table: str, where: str, barrier: Any) -> None:
+def contend(
+    rank: int, case: str, names: list[str], modes: list[str], table: str, where: str, barrier: Any, alone: Any
+) -> None:
     """One contender: prepares beside the others, then measures when its turn comes."""
     name, (size, px, what) = names[rank], case.split("-")
     facts, runs, label = {}, {}, f"{name} {case}"
     try:
         if name in WAYS:
-            check(name, size, int(px), what)
+            with alone:  # plain PyTorch holds all pairs of a large picture's tokens
+                check(name, size, int(px), what)
+                torch.cuda.empty_cache()
         facts, runs = prepared(name, size, int(px), what, modes)
     except Exception as error:
         print(label, "failed:", repr(error)[:300])
@@ -296,8 +300,9 @@ def main() -> None:
     for each in asked.cases:
         case, names = each.split(":")
         contenders = names.split(",")
-        barrier = torch.multiprocessing.get_context("spawn").Barrier(len(contenders))
-        given = (case, contenders, asked.modes.split(","), asked.table, asked.kernels, barrier)
+        context = torch.multiprocessing.get_context("spawn")
+        given = (case, contenders, asked.modes.split(","), asked.table, asked.kernels)
+        given = (*given, context.Barrier(len(contenders)), context.Lock())
         spawn(contend, given, nprocs=len(contenders))
 
 
