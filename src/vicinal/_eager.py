@@ -16,7 +16,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
 
 from vicinal._calls import gradients, outside_autocast, settled
-from vicinal.backends.base import Backend, Output, no_second_derivative, unpacked
+from vicinal.backends.base import Backend, Inputs, Output, no_second_derivative, unpacked
 from vicinal.plan import Plan
 from vicinal.tiling import Tiling
 
@@ -53,20 +53,20 @@ def attention(tensors: Sequence[Any], settings: dict[str, Any], backend: str | N
     inputs = unpacked(*tensors)
     chosen, plan = settled(inputs, settings, backend, tiling, needs_grad)
     if needs_grad:
-        return outside_autocast(inputs.query, _differentiable, chosen, plan, tensors)
+        return outside_autocast(inputs.query, _differentiable, chosen, plan, inputs, tensors)
     return outside_autocast(inputs.query, chosen.forward, plan, inputs)
 
 
-def _differentiable(chosen: Backend, plan: Plan, tensors: Sequence[Any]) -> Output:
-    return Output(*_Attention.apply(chosen, plan, *tensors))
+def _differentiable(chosen: Backend, plan: Plan, inputs: Inputs, tensors: Sequence[Any]) -> Output:
+    return Output(*_Attention.apply(chosen, plan, inputs, *tensors))
 
 
 class _Attention(torch.autograd.Function):
     """A backend's two passes. Autograd sees nothing of what is inside."""
 
     @staticmethod
-    def forward(ctx: Any, chosen: Backend, plan: Plan, *tensors: Any) -> tuple[Tensor, Tensor]:
-        output = chosen.forward(plan, unpacked(*tensors))
+    def forward(ctx: Any, chosen: Backend, plan: Plan, inputs: Inputs, *tensors: Any) -> tuple[Tensor, Tensor]:
+        output = chosen.forward(plan, inputs)
         ctx.save_for_backward(*tensors, *output)
         ctx.solved = chosen, plan
         ctx.set_materialize_grads(False)
@@ -76,7 +76,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         # With create_graph=True the gradients get a derivative of their own, to refuse it in words.
         derive = _Gradients.apply if torch.is_grad_enabled() else _gradients
-        return None, None, *derive(*ctx.solved, *grads, *ctx.saved_tensors)
+        return None, None, None, *derive(*ctx.solved, *grads, *ctx.saved_tensors)
 
 
 class _Gradients(torch.autograd.Function):
