@@ -16,8 +16,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal import InvalidProblem, Unsupported, neighborhood_attention, neighborhood_attention_packed, ops
+from vicinal import InvalidProblem, Unsupported, backends, neighborhood_attention, neighborhood_attention_packed, ops
 from vicinal.nn import NeighborhoodAttention
+from vicinal.problem import Problem
 
 GRID = (2, 7, 12)
 WINDOW: dict[str, Any] = {"kernel_size": (3, 5), "stride": (1, 2), "dilation": (2, 1), "is_causal": (False, True)}
@@ -166,6 +167,43 @@ def test_in_a_batch_of_a_transform():
     whole = qkv.clone().requires_grad_()
     sum(loss(each) for each in whole).backward()
     torch.testing.assert_close(of_each, whole.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_biased", [False, True])
+@pytest.mark.parametrize("dilation", [(2, 3), (1, 5)], ids=["divides", "divides not"])
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+def test_on_a_card_compiled_and_in_a_graph(backend: str, dilation: tuple[int, int], is_biased: bool):
+    problem = Problem.grid((14, 24), (3, 4), dilation=dilation, heads=2, head_dim=32, position_bias=is_biased)
+    if reasons := backends.named(backend).why_not(problem, backends.present(torch.device("cuda", 0))):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+    made: dict[str, Any] = {"device": "cuda", "requires_grad": True}
+    qkv = torch.randn(2, 14, 24, 3, 2, 32, dtype=torch.bfloat16, **made)
+    more: dict[str, Any] = {"kernel_size": (3, 4), "dilation": dilation, "backend": backend}
+    if is_biased:
+        more["position_bias"] = torch.randn(2, 5, 7, **made)
+    leaves, grad = [qkv, *([more["position_bias"]] if is_biased else [])], torch.randn(2, 14, 24, 2, 32).to(qkv)
+
+    def packed() -> Tensor:
+        return neighborhood_attention_packed(qkv, **more)
+
+    def derived(call: Callable[[], Tensor]) -> list[Tensor]:
+        out = call()
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    side = torch.cuda.Stream()  # on which leaves are used first, as captures want it
+    with torch.cuda.stream(side):
+        wanted = derived(lambda: neighborhood_attention(*qkv.unbind(-3), **more))
+        assert_same_bits(derived(packed), wanted)
+        assert_same_bits(derived(torch.compile(packed, fullgraph=True)), wanted)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            captured = derived(packed)
+        for tensor in captured:
+            tensor.detach().fill_(torch.nan)
+        graph.replay()
+        assert_same_bits(captured, wanted)
 
 
 SHAPES = [(2, 7, 3, 16), (7, 12, 4, 2, 16), (2, 7, 12, 5, 3, 2, 3, 16), (2, 7, 12, 6, 16)]
