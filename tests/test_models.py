@@ -198,6 +198,11 @@ def test_official_checkpoints_load_and_are_written(name: str):
     (lambda: Architecture(16, (1, 1), (2,), 2.0), "depths, num_heads and dilations must have one entry per level"),
     (lambda: NeighborhoodTransformer(SMALL, global_pool="max"), "global_pool must be 'avg'"),
     (lambda: NeighborhoodTransformer(SMALL).forward_intermediates(torch.zeros(1, 3, 32, 32), (0, 5)), "indices must"),
+    (lambda: NeighborhoodTransformer(SMALL, num_classes=-1), "num_classes must not be negative, got -1"),
+    (lambda: Architecture(16, (1, 1), (2, 4), 2.0, (3,), ((1,), (1,))), "kernel_size must be a number, or one"),
+    (lambda: Architecture(16, (1, 1), (2, 4), 2.0, 3, ((1,), ())), "dilations must hold one at least for each level"),
+    *((lambda wrong=wrong: Features(NeighborhoodTransformer(SMALL), wrong), "indices must be different ones of")
+      for wrong in (0, 9, -1, (7,), (0, 0), ())),
 ])  # fmt: skip
 def test_bad_arguments_are_named(build: Any, message: str):
     with pytest.raises(InvalidProblem, match=message):

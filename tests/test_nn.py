@@ -105,6 +105,15 @@ def test_position_bias_is_learnt_by_offset_at_any_resolution(shape):
     assert module.rpb.grad.any()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_whole_axes_are_whole_on_grids_too_short_for_their_stride_or_dilation(is_causal: bool):
+    module = NeighborhoodAttention2D(12, 3, -1, stride=4, dilation=(1, 5), is_causal=is_causal)
+    plain = NeighborhoodAttention2D(12, 3, -1, is_causal=is_causal)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(1, 2, 3, 12)
+    torch.testing.assert_close(module(x), plain(x))
+
+
 @pytest.mark.parametrize(("build", "message"), [
     (lambda: NeighborhoodAttention(12, 3, (3, -1), position_bias=True), "position_bias needs a kernel_size in numbers"),
     (lambda: NeighborhoodAttention(10, 3, (3, 3)), "num_heads must divide embed_dim 10, got 3"),
@@ -114,6 +123,15 @@ def test_position_bias_is_learnt_by_offset_at_any_resolution(shape):
     (lambda: NeighborhoodAttention2D(12, 4, (3, 3, 3)), "rank has 2, kernel_size has 3"),
     (lambda: NeighborhoodAttention2D(12, 4, 3, stride=5), r"stride must lie in \[1, 3\]|\[1, kernel_size\] = \[1, 3\]"),
     (lambda: NeighborhoodAttention2D(12, 4, 3)(torch.zeros(1, 5, 12)), "x must be .* with 2 spatial axes and C = 12"),
+    (lambda: NeighborhoodAttention2D(12, 4, 0), "kernel_size must be at least 1, or -1 for the whole axis, got 0"),
+    (lambda: NeighborhoodAttention2D(12, 4, 3, dilation=(1, 0)), "dilation must be at least 1, got 0"),
+    (lambda: NeighborhoodAttention2D(12, 4, -1, stride=0), r"stride must lie in .* got 0"),
+    (lambda: NeighborhoodAttention2D(0, 4, 3), "embed_dim must be an integer of at least 1, got 0"),
+    (lambda: NeighborhoodAttention2D(12, 4.0, 3), "num_heads must be an integer of at least 1, got 4.0"),
+    (lambda: NeighborhoodAttention(12, 4, 3, rank=4), "rank must be 1, 2 or 3, got 4"),
+    (lambda: Rotary(8, 0), "rank must be 1, 2 or 3, got 0"),
+    (lambda: Rotary(8, 2)(torch.zeros(1, 5, 1, 8)), "x must be .* with 2 spatial axes and D = 8, got shape"),
+    (lambda: Rotary(8, 2)(torch.zeros(1, 5, 7, 1, 6)), "x must be .* with 2 spatial axes and D = 8, got shape"),
     (lambda: Rotary(6, 2, axes_dim=(3, 3)), "axes_dim must be 2 even numbers that sum to head_dim 6"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(build, message):

@@ -116,6 +116,7 @@ def test_dilations_take_turns_but_not_in_time():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"halved": (2,)}, r"patch, halved, kernel_size and is_causal must have one value per axis, got \(2, 1\), \(2,\)"),
     ({"is_causal": (True, False)}, r"patch and halved must be 1 where is_causal, got \(2, 1\), \(2, 2\)"),
+    ({"mixer": "attention"}, "mixer must be 'windows' or 'convolutions', got 'attention'"),
     ({"residual": True}, "out_chans must equal in_chans for a residual, got 3 and 2"),
 ])  # fmt: skip
 def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], message: str):

@@ -52,6 +52,10 @@ class Architecture:
                 f"depths, num_heads and dilations must have one entry per level, got {len(self.depths)}, "
                 f"{len(self.num_heads)} and {len(self.dilations)}"
             )
+        if not isinstance(self.kernel_size, int) and len(self.kernel_size) != len(self.depths):
+            raise InvalidProblem(f"kernel_size must be a number, or one per level, got {self.kernel_size}")
+        if not all(self.dilations):
+            raise InvalidProblem(f"dilations must hold one at least for each level, got {self.dilations}")
 
 
 class Level(nn.Module):
@@ -156,6 +160,8 @@ class NeighborhoodTransformer(nn.Module):
             if global_pool not in ("avg", ""):
                 raise InvalidProblem(f"global_pool must be 'avg', or '' for the map, got {global_pool!r}")
             self.global_pool = global_pool
+        if num_classes < 0:
+            raise InvalidProblem(f"num_classes must not be negative, got {num_classes}")
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         _init(self.head)
@@ -204,15 +210,9 @@ class NeighborhoodTransformer(nn.Module):
         Returns:
             `(final, maps)`, or `maps`.
         """
-        count = len(self.levels)
-        if indices is None or isinstance(indices, int):
-            indices = range(count - (count if indices is None else indices), count)
-        wanted = {i % count for i in indices if -count <= i < count}
-        if len(wanted) != len(indices) or output_fmt not in ("NCHW", "NHWC"):
-            raise InvalidProblem(
-                f"indices must be different levels of {count} and output_fmt NCHW or NHWC, "
-                f"got {list(indices)} and {output_fmt!r}"
-            )
+        wanted, count = self._wanted(indices), len(self.levels)
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise InvalidProblem(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
         maps: list[Tensor] = []
         x = self.pos_drop(self.patch_embed(x))
         for i, level in enumerate(self.stages):
@@ -229,13 +229,22 @@ class NeighborhoodTransformer(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what `forward_intermediates` of these levels does not need."""
-        count = len(self.levels)
-        kept = range(count - indices, count) if isinstance(indices, int) else [i % count for i in indices]
+        kept = self._wanted(indices)
         self.levels = self.levels[: max(kept) + 1]
         self.norm = nn.Identity() if prune_norm else self.norm
         if prune_head:
             self.reset_classifier(0, "")
-        return list(kept)
+        return kept
+
+    def _wanted(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Levels counted from 0, in order: negative ones were from the end, a number meant the last so many."""
+        count = len(self.levels)
+        last = range(count - indices, count) if isinstance(indices, int) else range(count)
+        named = indices if isinstance(indices, Sequence) else last
+        wanted = sorted({i % count for i in named if -count <= i < count})
+        if not wanted or len(wanted) != len(named):
+            raise InvalidProblem(f"indices must be different ones of {count} levels, or how many, got {indices!r}")
+        return wanted
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, C, H, W]` to the last level's map, normalised, `[B, h, w, num_features]`."""

@@ -80,6 +80,8 @@ class UShape:
             raise InvalidProblem(
                 f"patch and halved must be 1 where is_causal, got {self.patch}, {self.halved} and {self.is_causal}"
             )
+        if self.mixer not in ("windows", "convolutions"):
+            raise InvalidProblem(f"mixer must be 'windows' or 'convolutions', got {self.mixer!r}")
         if self.residual and self.in_chans != self.out_chans:
             raise InvalidProblem(
                 f"out_chans must equal in_chans for a residual, got {self.out_chans} and {self.in_chans}"

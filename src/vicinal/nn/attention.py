@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicinal._tuples import canonical
+from vicinal._tuples import canonical, is_integer
 from vicinal.errors import InvalidProblem
 from vicinal.functional import Each, neighborhood_attention, neighborhood_attention_packed
 from vicinal.nn.rope import Rotary
-from vicinal.problem import WHOLE
+from vicinal.problem import WHOLE, Axis
 
 
 class NeighborhoodAttention(nn.Module):
@@ -75,13 +75,16 @@ class NeighborhoodAttention(nn.Module):
         self.stride: tuple[int, ...] = canonical(stride, self.rank, "stride")
         self.dilation: tuple[int, ...] = canonical(dilation, self.rank, "dilation")
         self.is_causal: tuple[bool, ...] = canonical(is_causal, self.rank, "is_causal", bool)
-        for size, step in zip(self.kernel_size, self.stride, strict=True):
-            if size != WHOLE and not 1 <= step <= size:
-                raise InvalidProblem(f"stride must lie in [1, kernel_size] = [1, {size}] on every axis, got {step}")
+        for size, step, gap in zip(self.kernel_size, self.stride, self.dilation, strict=True):
+            keys = _least(size, step)
+            Axis(max(keys * gap, 1), keys, step, gap)  # refuses what fits on no grid
         self.num_heads, self.num_heads_kv = num_heads, num_heads if num_heads_kv is None else num_heads_kv
-        if num_heads < 1 or embed_dim % num_heads:
+        for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_heads_kv", self.num_heads_kv)):
+            if not is_integer(count) or count < 1:
+                raise InvalidProblem(f"{name} must be an integer of at least 1, got {count!r}")
+        if embed_dim % num_heads:
             raise InvalidProblem(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
-        if self.num_heads_kv < 1 or num_heads % self.num_heads_kv:
+        if num_heads % self.num_heads_kv:
             raise InvalidProblem(f"num_heads_kv must divide num_heads {num_heads}, got {self.num_heads_kv}")
         self.head_dim = embed_dim // num_heads
         self.scale, self.backend = qk_scale, backend
@@ -136,7 +139,8 @@ class NeighborhoodAttention(nn.Module):
 
     def windows(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """The window on a grid of that shape: the whole axis where a window would not fit."""
-        fits = [n * d <= length for n, d, length in zip(self.kernel_size, self.dilation, shape, strict=True)]
+        axes = zip(self.kernel_size, self.stride, self.dilation, shape, strict=True)
+        fits = [_least(size, step) * gap <= length for size, step, gap, length in axes]
         return {
             "kernel_size": [n if fit else WHOLE for n, fit in zip(self.kernel_size, fits, strict=True)],
             "stride": [n if fit else 1 for n, fit in zip(self.stride, fits, strict=True)],
@@ -173,8 +177,15 @@ class NeighborhoodAttention3D(NeighborhoodAttention):
         super().__init__(embed_dim, num_heads, kernel_size, *args, rank=3, **kwargs)
 
 
+def _least(size: int, step: int) -> int:
+    """The least keys that such a window has: its own, or for the whole axis those that share it."""
+    return max(step, 1) if size == WHOLE else size
+
+
 def _rank(rank: int | None, windows: dict[str, Any]) -> int:
     """The number of axes that the arguments speak of."""
+    if rank is not None and rank not in (1, 2, 3):
+        raise InvalidProblem(f"rank must be 1, 2 or 3, got {rank!r}")
     ranks = {name: len(value) for name, value in windows.items() if isinstance(value, Sequence)}
     if rank is not None:
         ranks = {"rank": rank} | ranks

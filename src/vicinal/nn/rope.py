@@ -24,6 +24,9 @@ class Rotary(nn.Module):
         axes_dim: elements for each axis, even, `head_dim` in all. By default as equal as pairs
             allow, what is left going to the first axis.
 
+    Raises:
+        InvalidProblem: if the arguments do not fit each other or, when called, the input.
+
     Source: RoFormer, arXiv 2104.09864, applied per axis.
 
     Example:
@@ -35,6 +38,8 @@ class Rotary(nn.Module):
         self, head_dim: int, rank: int, *, base: float = 10_000.0, axes_dim: Sequence[int] | None = None
     ) -> None:
         super().__init__()
+        if rank not in (1, 2, 3):
+            raise InvalidProblem(f"rank must be 1, 2 or 3, got {rank!r}")
         if axes_dim is None:
             each = head_dim // (2 * rank) * 2
             axes_dim = (head_dim - each * (rank - 1), *[each] * (rank - 1))
@@ -49,6 +54,11 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn `[B, *S, H, D]`; the result has the same shape and dtype. Angles are float32 (float64 for float64)."""
+        if x.ndim != len(self.axes_dim) + 3 or x.shape[-1] != sum(self.axes_dim):
+            raise InvalidProblem(
+                f"x must be [B, *S, H, D] with {len(self.axes_dim)} spatial axes and D = {sum(self.axes_dim)}, "
+                f"got shape {tuple(x.shape)}"
+            )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         pieces: list[Tensor] = []
         for axis, piece in enumerate(x.to(dtype).split(self.axes_dim, dim=-1)):
