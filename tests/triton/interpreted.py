@@ -19,9 +19,9 @@ from vicinal import neighborhood_attention
 from vicinal._tuples import ceil_div
 from vicinal.backends import present
 from vicinal.backends import triton as portable
-from vicinal.backends.triton import bias
+from vicinal.backends.triton import bias, launch
 from vicinal.backends.triton import compile as compiling
-from vicinal.backends.triton.cost import choice_of, cut_as, cuts
+from vicinal.backends.triton.cost import choice_of, cut_as, cuts, stays_inside, variant_of
 from vicinal.backends.triton.rates import MOST_HELD
 from vicinal.backends.triton.tile import (
     boxes_of,
@@ -212,6 +212,34 @@ def test_spans_are_the_plans(axis: Axis, kernel: str) -> None:
         origin, reach, full_start, full_stop = rows[span.group, span.first]
         assert (origin, reach) == (span.origin, 4 * span.visited)
         assert (full_start, full_stop) == (span.full_start - span.origin, span.full_stop - span.origin)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "keys"])
+def test_boxes_that_are_not_looked_at_lie_on_the_grid(kernel: str) -> None:
+    found: list[tuple[bool, bool]] = []
+    for axis in (*axes(30), Axis(48, 16), Axis(48, 16, stride=8), Axis(48, 16, dilation=3), Axis(9, 4, dilation=2)):
+        args, groups = arguments(axis, 4), axis.subaxes()
+        out = torch.zeros(args.tiles * axis.dilation, 6, dtype=torch.int32)
+        run(_spans, len(out), out, args, replace(PROBE, kernel=kernel, rows=(1, 1, 4)))
+        lie = all(origin + reach <= groups[group].length for group, _, origin, reach, *_ in out.tolist())
+        found.append((stays_inside(axis, 4, 4, is_inverse=kernel == "keys"), lie))
+    # What is not known to lie there is looked at: that costs time alone.
+    assert (True, False) not in found and {(True, True), (False, False)} <= set(found)
+
+
+@pytest.mark.parametrize("problem", HELD[:3], ids=str)
+def test_passes_that_lift_their_own_tokens_are_right(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lifting(kernel: str, *args: Any) -> Variant:
+        lifted.append(kernel)
+        return replace(variant_of(kernel, *args), lifts=True)
+
+    lifted: list[str] = []
+    portable.forget()
+    monkeypatch.setattr(launch, "variant_of", lifting)
+    problem = replace(problem, dtype="float16", position_bias=False)
+    check_drawn(Drawn(5, problem, (), next(iter(LAYOUTS))), portable.backend, CPU, present(CPU))
+    portable.forget()
+    assert {"queries", "keys"} <= set(lifted)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from vicinal.backends.triton.cost import (
     smem_bytes,
     variant_of,
 )
-from vicinal.backends.triton.rates import MOST_HELD
+from vicinal.backends.triton.rates import HOPPER_SHAPES, MOST_HELD, Shape
 from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 
@@ -54,6 +54,7 @@ SINGLE = Problem.grid((64, 64), 13, heads=4, head_dim=64, dtype="float32")
 BIASED = replace(HALF, position_bias=True)
 LONG = Problem.grid((30, 48, 80), (18, 24, 24), heads=24, head_dim=128, dtype="bfloat16")
 BLOCKS = replace(LONG, axes=Problem.grid((32, 32, 32), 16, stride=16).axes)
+ROWS = replace(LONG, axes=Problem.grid((4096,), 512).axes)
 IMAGES = Problem.grid((56, 56), 7, batch=128, heads=2, head_dim=32, dtype="bfloat16", position_bias=True)
 WIDE = Problem.grid((64, 64), 13, heads=4, head_dim=256, dtype="bfloat16")
 
@@ -171,6 +172,62 @@ def test_boxes_are_loaded_ahead(shape: tuple[int, ...], kernel: str, arch: int, 
     assert ahead[0].masked and waits
     # Waiting for all but none that are on their way is waiting for the box that was asked for last.
     assert not any(line.rstrip().endswith(" 0x0") for line in waits)
+
+
+def given_away(loop: list[str]) -> list[str]:
+    """Products of a loop whose operand in registers an earlier product has read, too, though the loop writes it.
+
+    What a product finds in registers is written for it in every turn, or never in the loop.
+    """
+    ever, fresh, found = set[int]().union(*map(written_by, loop)), set[int](), list[str]()
+    for turn in range(2):
+        for line in loop:
+            operand = re.match(r"\s*HGMMA\S*\s+R\d+,\s*R(\d+),", line)
+            read = set(range(int(operand[1]), int(operand[1]) + 4)) if operand else set[int]()
+            # Before the loop, something else may have written it.
+            found += [line] if turn and (read & ever) - fresh else []
+            fresh = (fresh - read) | written_by(line)
+    return found
+
+
+def written_by(line: str) -> set[int]:
+    """Registers that an instruction writes."""
+    name, _, operands = re.sub(r"^@!?U?P\w+\s+", "", line.strip()).partition(" ")
+    target = re.match(r"\s*R(\d+)", operands)
+    if target is None or name.startswith(("ST", "LDGSTS", "R2UR", "BAR")):
+        return set()
+    product = re.match(r"HGMMA\.64x(\d+)x", name)
+    many = int(product[1]) // 2 if product else 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+    return set(range(int(target[1]), int(target[1]) + many))
+
+
+LIFTING = [(kernel, shape) for (kernel, *_), known in HOPPER_SHAPES.items() for shape in known if shape.lifts]
+
+
+@pytest.mark.parametrize("problem", [BLOCKS, LONG, ROWS], ids=["blocks", "windows", "rows"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("kernel", "shape"), LIFTING, ids=str)
+def test_what_is_lifted_stays_in_its_registers(
+    kernel: str, shape: Shape, dtype: str, problem: Problem, tmp_path: Path
+) -> None:
+    problem = replace(problem, dtype=dtype)
+    cut = next(cut for cut in cuts(kernel, problem, hardware_of(90), most=1000) if cut.shape == shape)
+    made = made_as(kernel, problem, cut, 90)
+    assert not any(given_away(loop) for loop in loops_of(made, tmp_path))
+    check(made, 90, SPILLS[kernel], tmp_path)
+    assert accesses_in_loop(made, tmp_path) <= IN_LOOP[kernel]
+    assert made.metadata.shared <= smem_bytes(kernel, problem, shape)
+
+
+@pytest.mark.parametrize("kernel", ["queries", "keys"])
+def test_what_the_assembler_would_give_away_is_not_lifted(kernel: str, tmp_path: Path) -> None:
+    problem, hardware = replace(LONG, head_dim=64, head_dim_v=64), hardware_of(90)
+    cut = cuts(kernel, problem, hardware)[0]
+    wrong = cut.shape._replace(rows=64, columns=64, warps=4, stages=3, lifts=True)
+    cut = cut._replace(rows=(4, 4, 4), columns=(1, 8, 8), shape=wrong)
+    assert is_miscompiled(kernel, problem, wrong)
+    # Once it gets this right, they may be.
+    assert any(given_away(loop) for loop in loops_of(made_as(kernel, problem, cut, 90), tmp_path))
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 120])

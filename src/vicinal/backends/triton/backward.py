@@ -21,6 +21,7 @@ from vicinal.backends.triton.tile import (
     columns_exist,
     exist,
     is_full,
+    lifted,
     load,
     load_rest,
     mask_of,
@@ -102,6 +103,8 @@ def query_gradients(
     at = vector_at(query, t, h, w, tile, tile.head, axes, steps.query, V)
     offsets = vectors_in(ROWS, axes, steps.query, V)
     q = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
+    if V.lifts:
+        q = lifted(q)
     q_rest = load_rest(at, offsets, here, V) if V.is_halved else q
     at = vector_at(grad_out, t, h, w, tile, tile.head, axes, steps.grad_out, V)
     do = load(at, vectors_in(ROWS, axes, steps.grad_out, V), here, V.head_dim_v, DV)
@@ -212,6 +215,8 @@ def key_gradients(
     at = vector_at(key, t, h, w, tile, tile.head, axes, steps.key, V)
     offsets = vectors_in(ROWS, axes, steps.key, V)
     k = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
+    if V.lifts:
+        k = lifted(k)
     k_rest = load_rest(at, offsets, here, V) if V.is_halved else k
     at = vector_at(value, t, h, w, tile, tile.head, axes, steps.value, V)
     v = load(at, vectors_in(ROWS, axes, steps.value, V), here, V.head_dim_v, DV)

@@ -27,6 +27,8 @@ from vicinal.tiling import Tiling
 
 NAME = "triton"
 
+PASSES = ("forward", "queries", "keys")
+
 OPEN = 5
 """Cuts that the model leaves open, so many: it orders those that are near each other no better than by chance."""
 
@@ -40,7 +42,10 @@ def shapes(kernel: str, problem: Problem, hardware: Hardware) -> tuple[Shape, ..
     if can_hold(kernel, problem, hardware):
         known = (HELD[kernel], *known)
     if hardware.arch == (9, 0):
-        known = (*HOPPER_SHAPES.get(kind, ()), *known)
+        own = HOPPER_SHAPES.get(kind, ())
+        own = tuple(shape for shape in own if is_plain(problem) or not (shape.registers or shape.lifts))
+        instead = [shape[:4] for shape in own if shape.registers]
+        known = (*own, *(shape for shape in known if shape[:4] not in instead))
         known = tuple(shape for shape in known if not is_miscompiled(kernel, problem, shape))
     room = room_of(hardware)
     return tuple(shape for shape in known if smem_bytes(kernel, problem, shape) <= room) or known[-1:]
@@ -55,12 +60,22 @@ def can_hold(kernel: str, problem: Problem, hardware: Hardware) -> bool:
     return is_plain and is_narrow and has_registers and (kernel != "keys" or problem.heads == problem.heads_kv)
 
 
-def is_miscompiled(kernel: str, problem: Problem, shape: Shape) -> bool:
-    """Whether Triton 3.6's assembler gets a kernel wrong on Hopper: 16-bit forward passes without pipelining.
+def is_plain(problem: Problem) -> bool:
+    """Whether blocks need few registers beside a tile and a box."""
+    return not problem.additional and not problem.position_bias
 
-    Without it, where the values of a box lie in shared memory never changes, and ptxas 12.8.93 adds to it before it is
-    known: with value dims up to 32, tensor cores read from anywhere. A test looks for such reads in all kernels.
+
+def is_miscompiled(kernel: str, problem: Problem, shape: Shape) -> bool:
+    """Whether Triton 3.6's assembler gets a kernel wrong on Hopper, for all that is known.
+
+    Without pipelining, where the values of a box lie in shared memory never changes, and ptxas 12.8.93 adds to it
+    before it is known: with value dims up to 32, tensor cores read from anywhere. And where a block lifts its own
+    tokens, and two products of the loop are one instruction (a box has as many tokens as a head has elements), it gives
+    the one's registers to the other, too, and does not fill them again. Tests look for both in compiled kernels, and
+    blocks lift only what was looked at.
     """
+    if shape.lifts:
+        return not problem.head_dim == problem.head_dim_v == 128 > shape.columns
     return kernel == "forward" and problem.itemsize == 2 and shape.stages == 1
 
 
@@ -72,7 +87,7 @@ def smem_bytes(kernel: str, problem: Problem, shape: Shape) -> int:
     keys.
     """
     token = (padded(problem.head_dim) + padded(problem.head_dim_v)) * problem.itemsize
-    own = padded(problem.head_dim) * problem.itemsize if kernel == "forward" else token
+    own = padded(problem.head_dim) * problem.itemsize if kernel == "forward" or shape.lifts else token
     if shape.holds:
         return shape.stages * (shape.rows * 2 * own + MOST_HELD * shape.columns * (token + 4 * FACTS)) + 2048
     weights = 2 * shape.rows * shape.columns * problem.itemsize if kernel == "keys" else 0
@@ -95,6 +110,20 @@ def boxes(volume: int, rank: int, largest: int = 64) -> list[tuple[int, ...]]:
         return [(volume,)]
     sides = [1 << i for i in range(largest.bit_length())]
     return [box for box in product(sides, repeat=rank) if prod(box) == volume]
+
+
+@lru_cache(maxsize=65536)
+def stays_inside(axis: Axis, rows: int, columns: int, is_inverse: bool) -> bool:
+    """Whether no box along an axis ends beyond the grid, nor one of a tile without rows, see `tile.span_of`."""
+    plan, groups = AxisPlan(axis, rows, columns, is_inverse=is_inverse), axis.subaxes()
+    are_alike = len({ceil_div(group.length, rows) for group in groups}) == 1
+    return are_alike and all(span.origin + span.visited * columns <= groups[span.group].length for span in plan.spans)
+
+
+def is_inside(kernel: str, problem: Problem, cut: Cut) -> bool:
+    """Whether all boxes of a pass that is cut so lie on the grid, so that none of their tokens is asked for."""
+    sides = zip(problem.axes, cut.rows, cut.columns, strict=True)
+    return all(stays_inside(axis, rows, columns, kernel == "keys") for axis, rows, columns in sides)
 
 
 class Cut(NamedTuple):
@@ -190,20 +219,19 @@ def _best_cut(kernel: str, problem: Problem, hardware: Hardware, epoch: int) -> 
 
 
 def cut_as(kernel: str, problem: Problem, hardware: Hardware, choice: tuned.Choice) -> Cut | None:
-    """The cut that a choice stands for, or `None` if the pass cannot be cut so."""
+    """The cut that a choice stands for, or `None` if the pass cannot be cut so; of several the best by the model."""
     sides = (*choice.rows, *choice.columns)
     if len(choice.rows) != problem.rank or any(n & (n - 1) for n in sides):
         return None
-    room = room_of(hardware)
+    room, found = room_of(hardware), list[Cut]()
     for shape in shapes(kernel, problem, hardware):
         way = shape._replace(warps=choice.warps or shape.warps, stages=choice.stages or shape.stages)
         is_one = (way.rows, way.columns, way.warps) == (prod(choice.rows), prod(choice.columns), shape.warps)
         has_stages = way.stages == shape.stages or 2 <= way.stages <= MOST_STAGES
         if is_one and has_stages and smem_bytes(kernel, problem, way) <= room:
             cut = _cut(kernel, problem, max(hardware.units, 1), way, choice.rows, choice.columns)
-            if cut is not None:
-                return cut
-    return None
+            found += [] if cut is None else [cut]
+    return min(found, key=lambda cut: (not cut.held, cut.time), default=None)
 
 
 @lru_cache(maxsize=1024)
@@ -287,6 +315,8 @@ def variant_of(kernel: str, problem: Problem, cut: Cut, precision: str, is_wide:
         is_signed=problem.scale <= 0 and (kernel == "forward" or problem.position_bias),
         precision=precision,
         is_wide=is_wide,
+        is_inside=kernel in PASSES and cut.masked and not cut.held and is_inside(kernel, problem, cut),
+        lifts=cut.shape.lifts and kernel in PASSES,
         warps=cut.shape.warps,
         stages=cut.shape.stages,
         registers=cut.shape.registers,

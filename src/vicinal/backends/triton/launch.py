@@ -61,14 +61,14 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def is_wide(axes: Sequence[Axis], boxes: Sequence[Box], steps: Steps, itemsize: int) -> bool:
-    """Whether offsets inside a box, in elements, need 64 bits."""
+def is_wide(axes: Sequence[Axis], boxes: Sequence[Box], steps: Steps) -> bool:
+    """Whether offsets inside a box need 64 bits: of 2^26 vectors no part is 2^31 elements or bytes away."""
     reach = max(
         sum((n - 1) * axis.dilation * step for n, axis, step in zip(box, axes, steps_of_tensor[1:4], strict=True))
         for box in boxes
         for steps_of_tensor in steps
     )
-    return reach * (ALIGNMENT // itemsize) >= 2**31
+    return reach >= 2**26
 
 
 def axis_args(axes: Sequence[Axis], rows: Box) -> tuple[AxisArgs, ...]:
@@ -217,7 +217,7 @@ class Operands:
         """
         problem, steps = self.problem, self._steps
         axes = three_axes(problem.axes)
-        wide = is_wide(axes, (three(cut.rows), three(cut.columns)), steps, problem.itemsize)
+        wide = is_wide(axes, (three(cut.rows), three(cut.columns)), steps)
         variant = variant_of(kernel, problem, cut, self._precision, wide)
         args = axis_args(axes, variant.rows)
         heads = problem.heads_kv if variant.are_keys else problem.heads

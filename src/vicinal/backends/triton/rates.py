@@ -16,7 +16,7 @@ class Shape(NamedTuple):
         mask: added to the pace by a mask.
         holds: whether a block holds the bias of all boxes while it walks batch rows, see `held`. Then `start` is per
             batch row, and `mask`, once, what a block takes before them.
-        registers: as in `Variant`.
+        registers, lifts: as in `Variant`.
     """
 
     rows: int
@@ -28,6 +28,7 @@ class Shape(NamedTuple):
     mask: float
     holds: bool = False
     registers: int = 0
+    lifts: bool = False
 
 
 SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
@@ -40,10 +41,10 @@ SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
         Shape(64, 32, 4, 3, 0.5, 0.238, 0.141),
     ),
     ("forward", 2, 128): (
-        Shape(64, 64, 4, 3, 1.8, 0.529, 0.227),
+        Shape(64, 64, 4, 3, 1.9, 0.515, 0.201),
         Shape(64, 64, 4, 2, 2.4, 0.615, 0.070),
-        Shape(128, 64, 8, 3, 4.3, 1.077, 0.368),
-        Shape(128, 128, 8, 2, 6.6, 2.374, 0.027),
+        Shape(128, 64, 8, 3, 4.6, 1.042, 0.376),
+        Shape(128, 128, 8, 2, 5.9, 2.422, 0.148),
         Shape(64, 32, 4, 2, 1.0, 0.38, 0.10),
     ),
     ("forward", 2, 256): (
@@ -67,8 +68,8 @@ SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
         Shape(64, 32, 4, 3, 1.1, 0.211, 0.123),
     ),
     ("queries", 2, 128): (
-        Shape(64, 64, 4, 2, 3.5, 0.715, 0.166),
-        Shape(128, 64, 8, 3, 7.1, 1.270, 0.432),
+        Shape(64, 64, 4, 2, 3.9, 0.741, 0.081),
+        Shape(128, 64, 8, 3, 5.8, 1.257, 0.630),
         Shape(64, 32, 4, 3, 2.5, 0.367, 0.150),
         Shape(64, 32, 4, 1, 1.5, 0.55, 0.05),
     ),
@@ -83,7 +84,7 @@ SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
         Shape(64, 32, 4, 2, 2.7, 0.380, 0.041),
     ),
     ("keys", 2, 128): (
-        Shape(64, 32, 4, 3, 3.8, 0.482, 0.099),
+        Shape(64, 32, 4, 3, 3.3, 0.510, 0.112),
         Shape(64, 32, 4, 2, 4.8, 0.590, 0.011),
         Shape(64, 16, 4, 3, 1.6, 0.355, 0.163),
         Shape(64, 16, 4, 2, 4.3, 0.481, 0.0),
@@ -116,7 +117,20 @@ MOST_CHUNK = 64
 RESIDENT = 2
 """Blocks that hold a bias and run on one multiprocessor at a time: its registers are enough for no more."""
 
+# Of sm_90, beside the others; what has registers of its own stands for its like among them.
 HOPPER_SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
     # Where products read float32 from registers, as they do elsewhere, these have too few.
     ("forward", 4, 64): (Shape(64, 64, 4, 2, 0.5, 2.978, 0.592),),
+    # As many blocks on a multiprocessor as shared memory has room for; the assembler would take a few registers more.
+    ("forward", 2, 64): (
+        Shape(64, 64, 4, 3, 1.1, 0.300, 0.151, registers=168),
+        Shape(64, 32, 4, 3, 0.5, 0.186, 0.099, registers=128),
+    ),
+    ("queries", 2, 64): (
+        Shape(64, 64, 4, 3, 1.6, 0.318, 0.142, registers=168),
+        Shape(64, 32, 4, 3, 2.0, 0.169, 0.011, registers=128),
+    ),
+    # A block's own queries or keys lie in registers: shared memory, which bounds these passes, is read less.
+    ("queries", 2, 128): (Shape(64, 64, 4, 3, 3.7, 0.578, 0.209, lifts=True),),
+    ("keys", 2, 128): (Shape(64, 32, 4, 3, 3.2, 0.465, 0.209, lifts=True),),
 }

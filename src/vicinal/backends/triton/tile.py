@@ -297,7 +297,7 @@ def exist(BOX: tl.constexpr, t, h, w, tile, V: tl.constexpr):
 def columns_exist(t, h, w, tile, V: tl.constexpr):
     """Which columns of a box, `(t, h, w)` after the origins, lie on the grid: all where no box needs a mask."""
     COLUMNS: tl.constexpr = V.columns
-    if V.masked:
+    if V.masked and not V.is_inside:
         return exist(COLUMNS, tile.t.origin + t, tile.h.origin + h, tile.w.origin + w, tile, V)
     else:
         return tl.full([COLUMNS[0] * COLUMNS[1] * COLUMNS[2]], True, tl.int1)
@@ -351,6 +351,9 @@ def vectors_in(BOX: tl.constexpr, axes, steps, V: tl.constexpr):
     units = t * (axes[0].dilation * steps.t) + h * (axes[1].dilation * steps.h) + w * (axes[2].dilation * steps.w)
     if V.is_wide:
         units = units.to(tl.int64)
+    elif V.lifts:
+        # As `launch.is_wide` has it. Of numbers that cannot be negative the upper half needs no register.
+        units = units & 0x3FFFFFF
     return units * V.unit
 
 
@@ -384,6 +387,19 @@ def scored(rows, rest, columns, at, offsets, here, added, V: tl.constexpr):
         return scores - tl.dot(-rest, tl.trans(load_rest(at, offsets, here, V)), input_precision=V.precision)
     else:
         return tl.dot(rows, tl.trans(columns), added, input_precision=V.precision)
+
+
+@triton.jit
+def lifted(rows):
+    """The same vectors, in registers, where sm_90's tensor cores find the first operand of a product, too.
+
+    What a product is to read lies in shared memory, rows anew for every box: with 64 of them that takes as long as the
+    product itself. What a product leaves lies in registers, and with ones on the diagonal it leaves the rows: exactly,
+    but for rows with an infinity, all of which becomes NaN, as their weights do anyway.
+    """
+    number = tl.arange(0, rows.shape[1])
+    ones = (number[:, None] == number[None, :]).to(rows.dtype)
+    return tl.dot(rows, ones).to(rows.dtype)
 
 
 @triton.jit

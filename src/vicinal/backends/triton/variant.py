@@ -83,6 +83,8 @@ class Variant:
         is_signed: whether the scale is zero or negative, which the forward pass must know, and where bias is added.
         precision: how float32 is multiplied, in Triton's words.
         is_wide: whether offsets inside a box need 64 bits.
+        is_inside: whether no box ends beyond the grid.
+        lifts: whether a block holds its own queries (keys) in registers, see `tile.lifted`.
         held: boxes of a tile along each axis, all of whose bias a block holds.
         sums: whether a block of the pass for queries sums what the gradient of the position bias is made of; one of
             `"whole"` always does.
@@ -103,6 +105,8 @@ class Variant:
     is_signed: bool = False
     precision: str = "ieee"
     is_wide: bool = False
+    is_inside: bool = False
+    lifts: bool = False
     warps: int = 4
     stages: int = 2
     held: Box = (0, 0, 0)
