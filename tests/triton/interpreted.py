@@ -141,6 +141,7 @@ def test_bias_gradients_are_right_however_little_scratch_there_is(
 ) -> None:
     monkeypatch.setattr(bias, "MOST_SCRATCH", scratch)
     monkeypatch.setattr(bias, "LEAST_CHUNK", 2)
+    monkeypatch.setattr(bias, "RESIDENT", 64)  # as if there were many multiprocessors
     monkeypatch.setattr(bias, "bias_cut", bias.bias_cut.__wrapped__)
     problem = replace(problem, dtype="float32", position_bias=True)
     cut = bias.bias_cut(problem, present(CPU))

@@ -27,8 +27,14 @@ SHAPES = {2: ((64, 64, 8), (64, 32, 8), (32, 32, 4), (32, 16, 4), (16, 16, 4)), 
 HOPPER_SHAPES = {4: ((64, 32, 8),)}
 """Where products read float32 from shared memory, these do not."""
 
-MOST_BLOCKS = 512
-"""Blocks that have something to sum, about."""
+RESIDENT = 2
+"""Blocks that run on one multiprocessor at a time."""
+
+START = 10
+"""What a block does once, in pairs of a tile and a box that it could sum meanwhile."""
+
+MOST_TURNS = 4
+"""Blocks that a multiprocessor should run one after another, at most, for each that it runs at a time."""
 
 REGISTERS = 128
 """Of a thread at most where eight warps sum a box of 16-bit pairs on Hopper, so that two blocks share a multiprocessor:
@@ -107,9 +113,36 @@ def bias_cut(problem: Problem, hardware: Hardware) -> SlotCut:
     tiles = (
         prod(axis.tiles * axis.dilation for axis in axis_args(three_axes(problem.axes), three(rows))) * problem.batch
     )
-    chunks = ceil_div(tiles, max(ceil_div(met, MOST_BLOCKS), LEAST_CHUNK))
-    chunk = ceil_div(tiles, min(chunks, max(MOST_SCRATCH // (heads * numbers), 1)))
+    lines, pairs = heads * _count(axes), met * heads // problem.heads
+    most = min(ceil_div(tiles, LEAST_CHUNK), max(MOST_SCRATCH // (heads * numbers), 1))
+    chunk = chunk_of(tiles, lines, pairs, RESIDENT * max(hardware.units, 1), most)
     return SlotCut(Cut(rows, columns, shape, 0.0, True), slots, met, heads, chunk, ceil_div(tiles, chunk))
+
+
+def chunk_of(tiles: int, lines: int, pairs: int, at_a_time: int, most: int) -> int:
+    """How many of `tiles` a block walks, so that all blocks are soon done.
+
+    Args:
+        tiles: of a line.
+        lines: of blocks, each for one slot of one head.
+        pairs: of a tile and a box that are summed; no line has more than there are tiles.
+        at_a_time: blocks that run.
+        most: chunks of a line.
+
+    Example:
+        >>> chunk_of(512, 24, 10240, 264, most=64)  # 24 lines of 11 chunks: 264 blocks
+        47
+    """
+
+    def time(chunks: int) -> float:
+        chunk = ceil_div(tiles, chunks)
+        blocks = lines * ceil_div(tiles, chunk)
+        if blocks <= at_a_time:
+            return START + chunk
+        return (pairs + blocks * START) / at_a_time + (START + chunk) / 2  # half a block is waited for at the end
+
+    largest = max(min(most, ceil_div(MOST_TURNS * at_a_time, lines)), 1)
+    return ceil_div(tiles, min(range(1, largest + 1), key=time))
 
 
 def summed_cut(problem: Problem, queries: Cut) -> SlotCut | None:

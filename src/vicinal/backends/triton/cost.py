@@ -17,7 +17,17 @@ from typing import NamedTuple
 
 from vicinal import tuned
 from vicinal._tuples import ceil_div
-from vicinal.backends.triton.rates import HELD, HOPPER_SHAPES, MOST_CHUNK, MOST_HELD, RESIDENT, SHAPES, Shape
+from vicinal.backends.triton.rates import (
+    HELD,
+    HOPPER_SHAPES,
+    MOST_CHUNK,
+    MOST_HELD,
+    RESIDENT,
+    RESIDENT_SINGLE,
+    SHAPES,
+    SINGLE,
+    Shape,
+)
 from vicinal.backends.triton.variant import FACTS, Variant, padded, three
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
@@ -175,7 +185,11 @@ def _cut(
         # Where a tile and a box are a whole dilation group, all pairs of them lie as far ahead.
         is_whole = all(count[0] == axis.dilation for count, axis in zip(counts, problem.axes, strict=True))
         sums = kernel == "queries" and is_whole and prod(held) == 1
-        return _held_cut(problem, units, Cut(rows, columns, shape, 0.0, True, held, sums=sums), tiles * heads)
+        cut = Cut(rows, columns, shape, 0.0, True, held, sums=sums)
+        if kernel == "forward" and prod(held) == 1:
+            cut = cut._replace(shape=SINGLE._replace(warps=shape.warps, stages=shape.stages))
+            return _held_cut(problem, units, cut, tiles * heads, RESIDENT_SINGLE)
+        return _held_cut(problem, units, cut, tiles * heads, RESIDENT)
     pace = shape.pace + shape.mask * (visited - full) / visited
     one = shape.start + (longest * repeats + additional) * pace
     everything = tiles * shape.start + (visited * repeats + tiles * additional) * pace
@@ -183,7 +197,7 @@ def _cut(
     return Cut(rows, columns, shape, time, visited > full)
 
 
-def _held_cut(problem: Problem, units: int, cut: Cut, tiles: int) -> Cut | None:
+def _held_cut(problem: Problem, units: int, cut: Cut, tiles: int, resident: int) -> Cut | None:
     """Batch rows are divided among blocks so that the last ones to run leave few multiprocessors idle."""
     number = prod(cut.held)
     if number > MOST_HELD:
@@ -191,8 +205,8 @@ def _held_cut(problem: Problem, units: int, cut: Cut, tiles: int) -> Cut | None:
     row = cut.shape.start + number * cut.shape.pace
 
     def time(chunk: int) -> float:
-        turns = ceil_div(tiles * ceil_div(problem.batch, chunk), units * RESIDENT)
-        return max(turns, 1) * RESIDENT * (cut.shape.mask + chunk * row)
+        turns = ceil_div(tiles * ceil_div(problem.batch, chunk), units * resident)
+        return max(turns, 1) * resident * (cut.shape.mask + chunk * row)
 
     chunk = min(range(1, min(max(problem.batch, 1), MOST_CHUNK) + 1), key=time)
     return cut._replace(time=time(chunk), chunk=chunk)

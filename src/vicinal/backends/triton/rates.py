@@ -117,6 +117,12 @@ MOST_CHUNK = 64
 RESIDENT = 2
 """Blocks that hold a bias and run on one multiprocessor at a time: its registers are enough for no more."""
 
+SINGLE = Shape(64, 64, 4, 2, 0.31, 0.315, 1.5, holds=True)
+"""The forward pass where a block holds that of one box. Solved for from times of DiNAT's first two dilated layers."""
+
+RESIDENT_SINGLE = 4
+"""Blocks of that which run on one multiprocessor at a time: they take half the registers."""
+
 # Of sm_90, beside the others; what has registers of its own stands for its like among them.
 HOPPER_SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
     # Where products read float32 from registers, as they do elsewhere, these have too few.
