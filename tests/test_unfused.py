@@ -146,7 +146,14 @@ def test_compiled_halves_are_the_same():
     (lambda q, k: neighborhood_scores(q, k[..., :3], 3), "key must have query's head_dim 8"),
     (lambda q, k: neighborhood_scores(q, k, 3, position_bias=k), "position_bias must be [H, 2 * kernel_size - 1"),
     (lambda q, k: neighborhood_aggregate(q, k, 3), "weights must hold prod(kernel_size) = 9 numbers"),
-    (lambda q, k: neighborhood_aggregate(q, k[:, :4], 3), "must have query's batch and grid"),
+    (lambda q, k: neighborhood_scores(q.numpy(), k.numpy(), 3), "query must be a tensor, got ndarray"),
+    (lambda q, k: neighborhood_aggregate(None, k, 3), "weights must be a tensor, got NoneType"),
+    (lambda q, k: neighborhood_aggregate(q[0, 0], k, 3), "weights must be [B, *S, H, prod(kernel_size)] with 1 to 3"),
+    (lambda q, k: neighborhood_aggregate(q[..., :0], k[..., :2, :], 3), "weights must hold prod(kernel_size) = 9"),
+    (lambda q, k: neighborhood_aggregate(q, k[:, :4], 3), "value must be [B, *S, Hkv, Dv] with weights' batch"),
+    (lambda q, k: neighborhood_aggregate(q, k[..., :0], 3), "value must be [B, *S, Hkv, Dv] with weights' batch"),
+    (lambda q, k: neighborhood_aggregate(q, k.half(), 3), "value and weights must share one dtype"),
+    (lambda q, k: neighborhood_aggregate(torch.rand(2, 5, 7, 3, 9), k, 3), "query heads must be a multiple of"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(call: Any, message: str):
     with pytest.raises(InvalidProblem, match=re.escape(message)):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicinal.backends.base import Inputs
 from vicinal.errors import InvalidProblem
 from vicinal.functional import Each, each
 from vicinal.plan import AxisPlan, Span
@@ -282,7 +283,7 @@ def neighborhood_scores(
         "is_causal": is_causal,
     }
     if not torch.compiler.is_compiling():  # compiled calls meet the checks of windows in the operators
-        Problem.of(query, key, key, **settings, scale=scale, position_bias=position_bias)
+        Inputs(query, key, key, position_bias=position_bias).problem({**settings, "scale": scale})
     window = [each(setting, query.ndim - 3) for setting in settings.values()]
     scores = scores_of(query, key, *window) * (query.shape[-1] ** -0.5 if scale is None else float(scale))
     if position_bias is None and not any(window[-1]):
@@ -331,14 +332,38 @@ def neighborhood_aggregate(
         "is_causal": is_causal,
     }
     if not torch.compiler.is_compiling():
-        # Queries and keys of one element would pose the same problem.
-        problem = Problem.of(weights[..., :1], value[..., :1], value, **settings)
-        if weights.shape[-1] != (slots := _slot_count(problem.axes)):
-            raise InvalidProblem(
-                f"weights must hold prod(kernel_size) = {slots} numbers for each query and head, "
-                f"got shape {tuple(weights.shape)}"
-            )
+        _check_weighted(weights, value, settings)
     return aggregate_of(weights, value, *(each(setting, weights.ndim - 3) for setting in settings.values()))
+
+
+def _check_weighted(weights: Any, value: Any, settings: dict[str, Any]) -> None:
+    """Whether these are weights of the values of windows.
+
+    Raises:
+        InvalidProblem: if not, naming what does not fit.
+    """
+    for name, tensor in (("weights", weights), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise InvalidProblem(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not 4 <= weights.ndim <= 6:
+        raise InvalidProblem(
+            f"weights must be [B, *S, H, prod(kernel_size)] with 1 to 3 spatial axes, got shape {tuple(weights.shape)}"
+        )
+    if value.shape[:-2] != weights.shape[:-2] or not value.shape[-1]:
+        raise InvalidProblem(
+            f"value must be [B, *S, Hkv, Dv] with weights' batch and grid {tuple(weights.shape[:-2])}, "
+            f"got shape {tuple(value.shape)}"
+        )
+    for what in ("dtype", "device"):
+        if (there := getattr(weights, what)) != (here := getattr(value, what)):
+            raise InvalidProblem(f"value and weights must share one {what}, got {here} and {there}")
+    slots = _slot_count(make_axes(tuple(weights.shape[1:-2]), **settings))
+    if weights.shape[-1] != slots:
+        raise InvalidProblem(
+            f"weights must hold prod(kernel_size) = {slots} numbers for each query and head, "
+            f"got shape {tuple(weights.shape)}"
+        )
+    Problem.of(weights[..., :1], value[..., :1], value, **settings)  # queries and keys of one element: the rest
 
 
 def _axes(tensor: Tensor, *window: Any) -> tuple[Axis, ...]:

@@ -1,7 +1,8 @@
 """Inference on CPUs, by the fused kernel inside PyTorch's own scaled_dot_product_attention.
 
-That kernel keeps scores in the caches, shares its work among threads without Python, and takes a mask and any
-strides: so all query tiles that have the same pattern of windows are one call, though their keys overlap.
+That kernel keeps scores in the caches, shares its work among threads without Python, and takes a mask and any strides
+(but a head's elements must lie side by side): so all query tiles that have the same pattern of windows are one call,
+though their keys overlap.
 """
 
 from __future__ import annotations
