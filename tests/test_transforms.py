@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
-from vicinal import attention_with_lse, neighborhood_attention, ops
+from vicinal import attention_with_lse, neighborhood_attention, neighborhood_attention_packed, ops
 from vicinal.errors import Unsupported
 from vicinal.nn import NeighborhoodAttention2D
 
@@ -105,6 +105,14 @@ def test_vjp_and_jacrev():
     (wanted,) = torch.autograd.grad((call(leaf) * weights).sum(), leaf)
     torch.testing.assert_close(vjp(call, query)[1](weights)[0], wanted)
     torch.testing.assert_close((jacrev(call)(query) * weights[(...,) + (None,) * 4]).sum((0, 1, 2, 3)), wanted)
+
+
+def test_packed_tensors_have_packed_gradients():
+    packed = torch.randn(SAMPLES, 2, 5, 7, 3, 4, 3, dtype=torch.float64)
+    found = vmap(grad(lambda qkv: neighborhood_attention_packed(qkv, 3).sin().sum()))(packed)
+    leaf = packed.clone().requires_grad_()
+    apart = (neighborhood_attention(*qkv.unbind(-3), 3).sin().sum() for qkv in leaf)
+    torch.testing.assert_close(found, torch.autograd.grad(sum(apart), leaf)[0])
 
 
 def test_gradients_of_each_sample_of_a_layer():
