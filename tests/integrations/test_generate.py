@@ -128,7 +128,7 @@ def test_what_cannot_be_run_is_said_before_anything_is(folder, pipe, tmp_path, m
     bare = vicinal("generate", folder, "--prompt", "x")
     assert bare.exit_code == 2 and "pass --kernel-size or --preset" in bare.stderr
     size = vicinal("generate", folder, "--prompt", "x", "-k", 2, "--size", "8x8x8x8")
-    assert size.exit_code == 2 and "size must be ROWSxCOLUMNS or FRAMESxROWSxCOLUMNS, got 8x8x8x8" in size.stderr
+    assert size.exit_code == 2 and "FRAMESxROWSxCOLUMNS, 1 or more each, got 8x8x8x8" in size.stderr
     monkeypatch.setattr("vicinal.bench.generate.find_spec", lambda name: None)
     with pytest.raises(Unsupported, match="need scikit-image"):
         generate(pipe, {"kernel_size": 2}, prompt="x", steps=2, sizes=SIZES)
