@@ -173,6 +173,44 @@ def test_check_tries_random_problems():
     assert (found["ran"], found["holds"]) == (2, True)
 
 
+def test_check_leaves_out_who_does_not_run_here(monkeypatch: pytest.MonkeyPatch):
+    from dataclasses import replace
+
+    from vicinal import backends
+
+    class Elsewhere(backends.reference.Reference):
+        def why_not(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+            odd = ("heads must be even",) if problem.heads % 2 else ()
+            return (*odd, "needs another machine")
+
+    elsewhere = replace(Elsewhere(), name="elsewhere")
+    monkeypatch.setattr(backends, "ALL", (elsewhere, backends.reference.backend))
+    text = said("check", "--fuzz", 1)
+    assert text.splitlines()[0] == "elsewhere does not run here: needs another machine"
+    assert text.splitlines()[1].startswith("reference on cpu: 1 random problems")
+    assert [each["backend"] for each in json.loads(said("check", "--fuzz", 1, "--json"))] == ["reference"]
+    assert "backend 'elsewhere' runs nothing on cpu: needs another" in refused("check", "--backend", "elsewhere")
+
+
+def test_tune_knows_that_it_can_remember_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from vicinal import tuned, tuning
+    from vicinal.backends import present
+
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("measured before refusing"))
+    words = ("tune", "14x9", "-k", "5x3", "--dtype", "float32", "--device", "cpu")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "file"))
+    assert "name another in VICINAL_CACHE" in refused(*words)
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "folder"))
+    (tmp_path / "folder").mkdir()
+    path = tuned.path_of(present(torch.device("cpu")).name)
+    path.write_text("junk")
+    assert "cannot be read as results of tuning" in refused(*words)
+    assert path.read_text() == "junk"
+
+
 def test_tune_measures_and_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from vicinal import tuned
 
@@ -313,6 +351,8 @@ def test_demo_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("simulate 30x40 -k 3 --attention-share 2", "attention_share must lie in [0, 1]"),
         ("suggest 30x40", "give either sparsity"),
         ("check --backend nonsense", "backend must be one of"),
+        ("check --fuzz 1 --seed 9223372036854775808", "seed must be below 2**63, got 9223372036854775808"),
+        ("check --backend hopper", "backend 'hopper' runs nothing on cpu: needs sm_90"),
         ("check --fuzz -1", "fuzz and seed must be at least 0 and jobs 1, got -1, 0 and 1"),
         ("tune 30x40 -k 50", "the window does not fit"),
         ("tune 30x40 -k 3 --device nonsense", "device must be one that this machine has"),

@@ -1,6 +1,7 @@
 """`check`, `tune`, `bench`, `doctor`: does it work here, how fast, and what is here."""
 
 import math
+import os
 import platform
 import sys
 from functools import partial
@@ -11,7 +12,7 @@ import typer
 
 from vicinal.cli._console import Json, progress, say, say_json, table
 from vicinal.cli._options import Backend, takes_problem
-from vicinal.errors import InvalidProblem
+from vicinal.errors import InvalidProblem, Unsupported
 
 if TYPE_CHECKING:
     from vicinal.problem import Problem
@@ -32,17 +33,22 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Try on this machine every law that a backend must obey, or random problems. Exit code 1 if one is broken."""
-    from vicinal.backends import ALL, named
     from vicinal.cli._machine import torch_device
     from vicinal.testing import check_backend
 
     if fuzz < 0 or seed < 0 or jobs < 1:
         raise InvalidProblem(f"fuzz and seed must be at least 0 and jobs 1, got {fuzz}, {seed} and {jobs}")
+    if seed + fuzz > 2**63:
+        raise InvalidProblem(f"seed must be below 2**63, got {seed}")
     if not seconds > 0:
         raise InvalidProblem(f"seconds must be more than 0, got {seconds:g}")
     place = torch_device(device)
+    candidates, declined = _candidates(backend, place)
+    if not as_json:
+        for who, why in declined:
+            say(f"{who} does not run here: {why}")
     if fuzz:
-        _fuzz((named(backend),) if backend else ALL, place, fuzz, seed, jobs, seconds, as_json)
+        _fuzz(candidates, place, fuzz, seed, jobs, seconds, as_json)
         return
     with progress("checking") as update:
         reports = [
@@ -51,7 +57,7 @@ def check(
                 device=place,
                 progress=lambda law, i, n, who=candidate.name: update(i, n, f"{who}: {law.name}"),
             )
-            for candidate in ((named(backend),) if backend else ALL)
+            for candidate in candidates
         ]
     if as_json:
         say_json([_report_facts(report) for report in reports])
@@ -68,6 +74,30 @@ def check(
         say("every law holds" if all(report.holds for report in reports) else "some laws are broken")
     if not all(report.holds for report in reports):
         raise typer.Exit(1)
+
+
+def _candidates(backend: str | None, place: Any) -> tuple[list[Any], list[tuple[str, str]]]:
+    """The backends to check, and those that run nothing on that device, with the reasons.
+
+    Raises:
+        Unsupported: if that is the one named.
+    """
+    from vicinal.backends import ALL, named, present
+    from vicinal.testing.cases import SMALL, variants
+
+    hardware = present(place)
+    willing: list[Any] = []
+    declined: list[tuple[str, str]] = []
+    for candidate in (named(backend),) if backend else ALL:
+        refusals = [candidate.why_not(variant, hardware) for problem in SMALL for variant in variants(problem)]
+        if all(refusals):  # what every problem was refused for comes first, and is what matters
+            always = [why for why in refusals[0] if all(why in refusal for refusal in refusals)]
+            declined.append((candidate.name, "; ".join(always or refusals[0])))
+        else:
+            willing.append(candidate)
+    if backend and declined:
+        raise Unsupported(f"backend {backend!r} runs nothing on {hardware.name}: {declined[0][1]}")
+    return willing, declined
 
 
 def _fuzz(candidates: Any, place: Any, count: int, seed: int, jobs: int, seconds: float, as_json: bool) -> None:
@@ -151,6 +181,8 @@ def tune(
     from vicinal.cli._machine import torch_device
 
     place = torch_device(device)
+    path = tuned.path_of(present(place).name)
+    _check_cache(path)
     with progress("tuning") as update:
         found = tuning.tune(
             problem,
@@ -159,13 +191,28 @@ def tune(
             gradients=gradients,
             progress=lambda text, step, steps: update(step, steps, text),
         )
-    path = tuned.path_of(present(place).name)
     if as_json:
         say_json({"file": path, "found": [asdict(finding) for finding in found]})
         return
     for finding in found:
         say(finding)
     say(f"wrote {path}" if found else "nothing is left open: the backend cuts this problem in one way only")
+
+
+def _check_cache(path: Path) -> None:
+    """Refuse a file of tuned choices that cannot be added to, before anything is measured."""
+    from vicinal import tuned
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidProblem(
+            f"the folder of tuned choices cannot be made: {error}; name another in {tuned.VARIABLE}"
+        ) from None
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidProblem(f"{str(path.parent)!r} cannot be written to; name another folder in {tuned.VARIABLE}")
+    if path.exists():
+        tuned.load(path)
 
 
 def bench(
