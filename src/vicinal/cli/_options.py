@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SHAPE = "AxBxC"
 
-LONGEST = 2**27
+LONGEST = 2**24
 """Tokens of an axis; plans of longer ones would be counted for minutes."""
 
 
