@@ -95,7 +95,7 @@ class Specimen:
                 model: nn.Module = kind(**config)
         finally:
             torch.set_default_dtype(before)
-        return model.eval()
+        return model.to(device).eval()  # what the model itself has put elsewhere follows
 
     def arguments(
         self,
