@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from math import prod
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from vicinal import backends
 from vicinal._tuples import ceil_div
 from vicinal.backends import triton
-from vicinal.backends.triton import bias
+from vicinal.backends.triton import bias, cost
 from vicinal.backends.triton.bias import slots_of
 from vicinal.backends.triton.cost import best_cut, forward_cut, ranked_tilings, room_of, smem_bytes
 from vicinal.backends.triton.launch import precision_of, readable, steps_of
@@ -51,6 +52,23 @@ def test_takes_what_it_can_run(hardware: Hardware) -> None:
 def test_says_why_not(change: dict[str, object], reason: str) -> None:
     (said,) = triton.backend.why_not(replace(PROBLEM, **change), H100)  # type: ignore[arg-type]
     assert re.search(reason, said)
+
+
+@pytest.mark.parametrize("installed", ["3.6.0", "3.7.1", ""])
+def test_blocks_lift_where_their_machine_code_was_looked_at(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An assembler that gives registers away says nothing; without one nothing runs, and any plan will do."""
+
+    def version(package: str) -> str:
+        if installed and package == "triton":
+            return installed
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(cost, "version", version)
+    monkeypatch.setattr(cost, "is_compiler_known", cost.is_compiler_known.__wrapped__)
+    problem = replace(PROBLEM, head_dim=128, head_dim_v=128)
+    for kernel in ("queries", "keys"):
+        lifting = [shape for shape in cost.shapes(kernel, problem, H100) if shape.lifts]
+        assert bool(lifting) == (installed != "3.7.1")
 
 
 def test_says_why_not_on_other_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
