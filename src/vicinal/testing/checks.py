@@ -52,10 +52,6 @@ class Law:
     def name(self) -> str:
         return self.check.__name__
 
-    @property
-    def sentence(self) -> str:
-        return (self.check.__doc__ or "").split("\n")[0]
-
     def __call__(self, backend: Backend, device: torch.device | str = "cpu") -> Outcome:
         device = torch.device(device)
         hardware = present(device)
