@@ -23,7 +23,7 @@ from vicinal.backends.triton.tile import (
     is_full,
     lifted,
     load,
-    load_rest,
+    load_rows,
     mask_of,
     moved,
     next_box,
@@ -102,10 +102,9 @@ def query_gradients(
     here = exist(ROWS, t, h, w, tile, V)
     at = vector_at(query, t, h, w, tile, tile.head, axes, steps.query, V)
     offsets = vectors_in(ROWS, axes, steps.query, V)
-    q = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
+    q, q_rest = load_rows(at, offsets, here, V)
     if V.lifts:
         q = lifted(q)
-    q_rest = load_rest(at, offsets, here, V) if V.is_halved else q
     at = vector_at(grad_out, t, h, w, tile, tile.head, axes, steps.grad_out, V)
     do = load(at, vectors_in(ROWS, axes, steps.grad_out, V), here, V.head_dim_v, DV)
     at = vector_at(out, t, h, w, tile, tile.head, axes, steps.out, V)
@@ -214,10 +213,9 @@ def key_gradients(
     here = exist(ROWS, t, h, w, tile, V)
     at = vector_at(key, t, h, w, tile, tile.head, axes, steps.key, V)
     offsets = vectors_in(ROWS, axes, steps.key, V)
-    k = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
+    k, k_rest = load_rows(at, offsets, here, V)
     if V.lifts:
         k = lifted(k)
-    k_rest = load_rest(at, offsets, here, V) if V.is_halved else k
     at = vector_at(value, t, h, w, tile, tile.head, axes, steps.value, V)
     v = load(at, vectors_in(ROWS, axes, steps.value, V), here, V.head_dim_v, DV)
     query_offsets = vectors_in(COLUMNS, axes, steps.query, V)
@@ -304,8 +302,7 @@ def additional_gradients(
     here = row < valid
     at = additional_at(more_key, batch, head_kv, steps.more_key, V)
     offsets = row.to(tl.int64) * steps.more_key.w * V.unit
-    k = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
-    k_rest = load_rest(at, offsets, here, V) if V.is_halved else k
+    k, k_rest = load_rows(at, offsets, here, V)
     at = additional_at(more_value, batch, head_kv, steps.more_value, V)
     v = load(at, row.to(tl.int64) * steps.more_value.w * V.unit, here, V.head_dim_v, DV)
     dk = tl.zeros([R, D], tl.float32)

@@ -16,7 +16,7 @@ from vicinal.backends.triton.tile import (
     entry_of,
     exist,
     load,
-    load_rest,
+    load_rows,
     mask_of,
     places,
     scored,
@@ -147,8 +147,7 @@ def bias_gradients(
                 more = here & (number + 1 < end)
                 next_total = tl.load(sums_at + in_tile, mask=more, other=0.0)
                 next_shift = tl.load(delta_at + in_tile, mask=more, other=0.0)
-                q = load(query_at, query_offsets, here, V.dim_at_once, V.depth_at_once)
-                q_rest = load_rest(query_at, query_offsets, here, V) if V.is_halved else q
+                q, q_rest = load_rows(query_at, query_offsets, here, V)
                 k = load(key_at, key_offsets, near, V.head_dim, D)
                 do = load(grad_at, grad_offsets, here, V.head_dim_v, DV)
                 v = load(value_at, value_offsets, near, V.head_dim_v, DV)

@@ -12,7 +12,7 @@ from vicinal.backends.triton.tile import (
     exist,
     is_full,
     load,
-    load_rest,
+    load_rows,
     mask_of,
     moved,
     next_box,
@@ -73,8 +73,7 @@ def forward(
     here = exist(ROWS, tile.t.first, tile.h.first, tile.w.first, tile, V)
     at = vector_at(query, tile.t.first, tile.h.first, tile.w.first, tile, tile.head, axes, steps.query, V)
     offsets = vectors_in(ROWS, axes, steps.query, V)
-    q = load(at, offsets, here, V.dim_at_once, V.depth_at_once)
-    q_rest = load_rest(at, offsets, here, V) if V.is_halved else q
+    q, q_rest = load_rows(at, offsets, here, V)
     if V.is_signed:
         # Peaks need a positive scale, so its sign, or its absence, goes to the queries.
         sign = tl.where(scale < 0, -1.0, tl.where(scale > 0, 1.0, 0.0))

@@ -48,6 +48,18 @@ def tile_of_batch(axes, heads, batches, chunk, V: tl.constexpr):
 
 
 @triton.jit
+def store_sums(partial_bias, sums, tile, heads, axes, V: tl.constexpr):
+    """Leave a block's sums of `dS` where `backward_bias.diagonal_sums` looks for them: one slot, a chunk a block."""
+    R: tl.constexpr = V.row_count
+    C: tl.constexpr = V.column_count
+    tiles = tiles_of(axes)
+    turn = tl.program_id(0) // (tiles * heads)
+    box = (turn * tiles + tl.program_id(0) % tiles) * heads + tile.head
+    inside = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    tl.store(partial_bias + box.to(tl.int64) * (R * C) + inside, sums)
+
+
+@triton.jit
 def box_at(number: tl.constexpr, V: tl.constexpr):
     """Where a box begins, counted from the origins, the last axis fastest."""
     w = number % V.held[2] * V.columns[2]
@@ -243,11 +255,7 @@ def query_gradients_held(
         by_token += to_next
         by_head += to_next
     if V.sums:
-        tiles = tiles_of(axes)
-        turn = tl.program_id(0) // (tiles * heads)
-        box = (turn * tiles + tl.program_id(0) % tiles) * heads + tile.head
-        inside = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
-        tl.store(partial_bias + box.to(tl.int64) * (R * C) + inside, acc)
+        store_sums(partial_bias, acc, tile, heads, axes, V)
 
 
 @triton.jit

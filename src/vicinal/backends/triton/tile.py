@@ -374,6 +374,16 @@ def load_rest(start, offsets, here, V: tl.constexpr):
 
 
 @triton.jit
+def load_rows(start, offsets, here, V: tl.constexpr):
+    """Rows as `scored` takes them: what one product takes of each, and the rest of it, if there is any."""
+    rows = load(start, offsets, here, V.dim_at_once, V.depth_at_once)
+    if V.is_halved:
+        return rows, load_rest(start, offsets, here, V)
+    else:
+        return rows, rows
+
+
+@triton.jit
 def scored(rows, rest, columns, at, offsets, here, added, V: tl.constexpr):
     """Scores of rows and columns, one of them queries and the other keys, and what is added to them, or None.
 

@@ -8,7 +8,7 @@ passes for queries and for keys take seven, each tensor read once, and nothing l
 import triton
 import triton.language as tl
 
-from vicinal.backends.triton.held import bias_of, biased, tile_of_batch
+from vicinal.backends.triton.held import biased, held_bias, store_sums, tile_of_batch
 from vicinal.backends.triton.tile import (
     LN2,
     LOG2_E,
@@ -16,8 +16,6 @@ from vicinal.backends.triton.tile import (
     exist,
     load,
     store,
-    table_of,
-    tiles_of,
     token_at,
     tokens_in,
     vector_at,
@@ -42,7 +40,7 @@ def whole_gradients(
     DV: tl.constexpr = V.depth_v
     DTYPE: tl.constexpr = query.dtype.element_ty
     tile, stop = tile_of_batch(axes, heads, batches, chunk, V)
-    blocks = (bias_of(0, table_of(bias, tile.head, axes), tile, axes, V),)
+    blocks = held_bias(bias, tile, axes, V)
     t = tile.t.first
     h = tile.h.first
     w = tile.w.first
@@ -100,8 +98,4 @@ def whole_gradients(
         dk_at += steps.grad_key.batch * V.unit
         dv_at += steps.grad_value.batch * V.unit
         by_token += to_next
-    tiles = tiles_of(axes)
-    turn = tl.program_id(0) // (tiles * heads)
-    box = (turn * tiles + tl.program_id(0) % tiles) * heads + tile.head
-    inside = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(partial_bias + box.to(tl.int64) * (R * C) + inside, acc)
+    store_sums(partial_bias, acc, tile, heads, axes, V)
