@@ -48,6 +48,27 @@ def compile_part(problem: Problem, device: str, gradients: bool, part: int) -> N
                 continue
 
 
+def tensors_of(found: object) -> list[torch.Tensor]:
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]  # type: ignore[attr-defined]
+
+
+def is_right(problem: Problem, device: str, finding: tuning.Finding) -> bool:
+    """Whether the best choice gives the numbers of the cost model's first, but for rounding."""
+    place = torch.device(device)
+    hardware = backends.present(place)
+    chosen = backends.choose(problem, hardware, None)
+    inputs = tuning._numbers(problem, place)
+    grad_out = torch.randn(*inputs.query.shape[:-1], problem.head_dim_v, dtype=inputs.query.dtype, device=place)
+    key = finding.backend, finding.what, tuned.fingerprint(problem)
+    first = tuning.choices(chosen, finding.what, problem, hardware)[0]
+    wanted, found = (
+        tensors_of(tuning._step(chosen, finding.what, problem, hardware, inputs, grad_out, {key: choice})())
+        for choice in (first, finding.entry.choice)
+    )
+    errors = [float((a.float() - b.float()).norm() / a.float().norm()) for a, b in zip(wanted, found, strict=True)]
+    return max(errors) <= 8 * torch.finfo(inputs.query.dtype).eps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", type=Path)
@@ -80,7 +101,11 @@ def main() -> None:
                     print(f"{problem}: {part.exception()!r}"[:300], flush=True)
             for found in tuning.tune(problem, device=last, gradients=gradients, keep=False):
                 print(f"{problem}: {found}", flush=True)
-                if found.entry.milliseconds <= (1 - asked.gain) * found.entry.untuned_milliseconds:
+                if found.entry.milliseconds > (1 - asked.gain) * found.entry.untuned_milliseconds:
+                    continue
+                if not is_right(problem, last, found):
+                    print(f"WRONG, not kept: {problem}: {found}", flush=True)
+                else:
                     kept[found.backend, found.what, tuned.fingerprint(problem)] = found.entry
             tuned.save(asked.table, backends.present(torch.device(last)).name, kept)
         pool.shutdown(cancel_futures=True)

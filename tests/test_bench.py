@@ -146,7 +146,8 @@ def test_unknown_names_are_refused():
     with pytest.raises(InvalidProblem, match=r"backends must be among .*dense.*, got fast"):
         run((SPEC,), only=("fast", "blocked"))
     with pytest.raises(
-        InvalidProblem, match="suite must be one of smoke, cpu, h100-forward, h100-backward, h100-portable, got 'gpu'"
+        InvalidProblem,
+        match="suite must be one of smoke, cpu, h100-forward, h100-backward, h100-portable, h100-dinat, got 'gpu'",
     ):
         suite("gpu")
     with pytest.raises(InvalidProblem, match=r"no contender runs tiny .* natten: .*CUDA devices only"):

@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from vicinal import backends, tuned
+from vicinal._clock import mark
 from vicinal.backends.base import Backend, Inputs
 from vicinal.errors import Unsupported
 from vicinal.hardware import Hardware
@@ -225,12 +226,11 @@ def _clock(step: Step, device: torch.device) -> float:
         began = time.perf_counter()
         step()
         return (time.perf_counter() - began) * 1e3
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _wait(device)
     torch.empty(2**26, dtype=torch.int32, device=device).zero_()  # the host gets ahead, the second-level cache is cold
-    start.record()
+    start = mark(device)
     step()
-    stop.record()
+    stop = mark(device)
     _wait(device)
     return start.elapsed_time(stop)
 

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 
 
+# The first product in float32 that a process compiles is told that TF32 would be faster.
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")
 @pytest.mark.parametrize("name", ["flux", "wan-14b"])
 def test_compiled_blocks_with_windows_give_what_they_give_uncompiled(name: str):
     found = specimen(name)

@@ -10,6 +10,8 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vicinal._clock import mark
+
 GRID, OTHER, PRODUCTS, REST = "attention over the grid", "other attention", "matrix products", "the rest"
 PARTS = (GRID, OTHER, PRODUCTS, REST)
 
@@ -81,11 +83,7 @@ class Stopwatch(TorchDispatchMode):
         return PRODUCTS if name.removeprefix("aten::") in _PRODUCTS else None
 
     def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return mark(self._device) if self._device.type == "cuda" else time.perf_counter()
 
     @staticmethod
     def _between(begin: Any, end: Any) -> float:

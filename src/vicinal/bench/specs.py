@@ -149,6 +149,22 @@ H100_PORTABLE = (
     _portable("position bias", *_IMAGES, 64, batch=4, position_bias=True),
 )
 
+_TINY = "layers of DiNAT-Tiny (arXiv 2209.15001), 128 images of 224 pixels"
+
+
+def _layer(side: int, heads: int, dilation: int) -> Spec:
+    problem = Problem.grid(
+        (side, side), 7, dilation=dilation, heads=heads, head_dim=32, batch=128, dtype="bfloat16", position_bias=True
+    )
+    return Spec(f"{side}x{side} d{dilation}", problem, _TINY, (FORWARD, BACKWARD))
+
+
+H100_DINAT = tuple(
+    _layer(side, heads, dilation)
+    for side, heads, dilations in ((56, 2, (1, 8)), (28, 4, (1, 4)), (14, 8, (1, 2)), (7, 16, (1,)))
+    for dilation in dilations
+)
+
 
 def _backward(name: str, source: str, goal: float | None, *args: Any, **more: Any) -> Spec:
     return replace(_h100(name, source, goal, *args, **more), passes=(BACKWARD,))
@@ -176,6 +192,7 @@ SUITES: dict[str, tuple[Spec, ...]] = {
     "h100-forward": H100_FORWARD,
     "h100-backward": H100_BACKWARD,
     "h100-portable": H100_PORTABLE,
+    "h100-dinat": H100_DINAT,
 }
 
 

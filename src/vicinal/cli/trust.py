@@ -219,7 +219,7 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="Which problems: smoke (seconds), cpu, h100-forward, h100-backward, h100-portable (minutes)."
+            help="Problems: smoke (seconds), cpu, h100-forward, h100-backward, h100-portable, h100-dinat (minutes)."
         ),
     ] = "smoke",
     backend: Annotated[
