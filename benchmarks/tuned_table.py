@@ -37,12 +37,10 @@ def compile_part(problem: Problem, device: str, gradients: bool, part: int) -> N
     hardware = backends.present(place)
     chosen = backends.choose(problem, hardware, None)
     inputs = tuning._numbers(problem, place)
-    grad_out = torch.randn(*inputs.query.shape[:-1], problem.head_dim_v, dtype=inputs.query.dtype, device=place)
     for what in tuning._passes(chosen, gradients):
-        key = chosen.name, what, tuned.fingerprint(problem)
-        for choice in tuning.choices(chosen, what, problem, hardware)[part::PARTS]:
+        for step in [*tuning._steps(chosen, what, problem, hardware, inputs).values()][part::PARTS]:
             try:
-                tuning._step(chosen, what, problem, hardware, inputs, grad_out, {key: choice})()
+                step.run()
                 tuning._wait(place)
             except Unsupported:
                 continue
@@ -58,13 +56,8 @@ def is_right(problem: Problem, device: str, finding: tuning.Finding) -> bool:
     hardware = backends.present(place)
     chosen = backends.choose(problem, hardware, None)
     inputs = tuning._numbers(problem, place)
-    grad_out = torch.randn(*inputs.query.shape[:-1], problem.head_dim_v, dtype=inputs.query.dtype, device=place)
-    key = finding.backend, finding.what, tuned.fingerprint(problem)
-    first = tuning.choices(chosen, finding.what, problem, hardware)[0]
-    wanted, found = (
-        tensors_of(tuning._step(chosen, finding.what, problem, hardware, inputs, grad_out, {key: choice})())
-        for choice in (first, finding.entry.choice)
-    )
+    steps = tuning._steps(chosen, finding.what, problem, hardware, inputs)
+    wanted, found = (tensors_of(steps[choice].run()) for choice in (next(iter(steps)), finding.entry.choice))
     errors = [float((a.float() - b.float()).norm() / a.float().norm()) for a, b in zip(wanted, found, strict=True)]
     return max(errors) <= 8 * torch.finfo(inputs.query.dtype).eps
 

@@ -121,6 +121,27 @@ def test_noise_decides_nothing(paced: Paced) -> None:
     assert not tuned.path_of(backends.present(CPU).name).exists()
 
 
+def test_what_calls_keep_of_a_choice_is_made_before_the_clock_starts(
+    paced: Paced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[bool] = []
+    last: list[int] = []
+    clock, forward = tuning._clock, paced.forward
+
+    def watched(call: Any, device: torch.device) -> float:
+        met.append(last[-1] == tuned.epoch)
+        return clock(call, device)
+
+    def noted(plan: Plan, inputs: Inputs) -> Output:
+        last.append(tuned.epoch)
+        return forward(plan, inputs)
+
+    monkeypatch.setattr(tuning, "_clock", watched)
+    monkeypatch.setattr(paced, "forward", noted)
+    tuning.tune(PROBLEM, device="cpu", backend="paced", gradients=False, keep=False)
+    assert met and all(met)
+
+
 def tensors(heads: int = 2) -> tuple[Tensor, ...]:
     return tuple(torch.randn(3, 1, 14, 22, heads, 16))
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from statistics import median
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -40,7 +41,22 @@ WORTH = 0.99
 """A choice replaces the cost model's if it takes less than this share of its time: noise decides nothing."""
 
 Progress = Callable[[str, int, int], None]
-Step = Callable[[], object]
+
+
+class Step(NamedTuple):
+    """A pass that is measured: the choice that is tried, and the call."""
+
+    insisted: dict[Key, Choice]
+    call: Callable[[], object]
+
+    def run(self) -> object:
+        with tuned.insist(self.insisted), torch.no_grad():
+            return self.call()
+
+    def clock(self, device: torch.device) -> float:
+        with tuned.insist(self.insisted), torch.no_grad():
+            self.call()  # what calls keep of a choice is made anew whenever it is insisted on
+            return _clock(self.call, device)
 
 
 @runtime_checkable
@@ -128,26 +144,21 @@ def _tune(
 ) -> list[Finding]:
     passes = _passes(chosen, gradients and not chosen.why_not_gradients(problem, hardware))
     inputs = _numbers(problem, place)
-    grad_out = torch.randn(*inputs.query.shape[:-1], problem.head_dim_v, dtype=inputs.query.dtype, device=place)
     found: list[Finding] = []
     entries: dict[Key, Entry] = {}
     for i, what in enumerate(passes):
-        open_choices = choices(chosen, what, problem, hardware)
-        if len(open_choices) < 2:
+        steps = _steps(chosen, what, problem, hardware, inputs)
+        if len(steps) < 2:
             continue
         if progress is not None:
             progress(f"{chosen.name} {what}", i, len(passes))
-        key = chosen.name, what, fingerprint(problem)
-
-        def step(choice: Choice, what: str = what, key: Key = key) -> Step:
-            return _step(chosen, what, problem, hardware, inputs, grad_out, {key: choice})
-
-        times = _measure({choice: step(choice) for choice in open_choices}, place)
-        default = open_choices[0]
+        times = _measure(steps, place)
+        default = next(iter(steps))
         best = min(times, key=lambda choice: times[choice])
         best = best if times[best] < WORTH * times[default] else default
-        entries[key] = Entry(best, times[best], times[default])
-        found.append(Finding(chosen.name, what, entries[key], len(times)))
+        entry = Entry(best, times[best], times[default])
+        entries[chosen.name, what, fingerprint(problem)] = entry
+        found.append(Finding(chosen.name, what, entry, len(times)))
     if keep and entries:
         tuned.remember(hardware.name, entries)
     return found
@@ -172,32 +183,24 @@ def _numbers(problem: Problem, device: torch.device) -> Inputs:
     return inputs._replace(additional_keys=keys, additional_values=values)
 
 
-def _step(
-    chosen: Backend,
-    what: str,
-    problem: Problem,
-    hardware: Hardware,
-    inputs: Inputs,
-    grad_out: torch.Tensor,
-    insisted: dict[Key, Choice],
-) -> Step:
+def _steps(chosen: Backend, what: str, problem: Problem, hardware: Hardware, inputs: Inputs) -> dict[Choice, Step]:
+    """A pass, once for everything that is open."""
     plan = make_plan(problem, backends.preferred(chosen, problem, hardware))
-    if what == "forward":
-        (choice,) = insisted.values()
-        plan = make_plan(problem, choice.tiling)
 
-        def forward() -> object:
-            with tuned.insist(insisted), torch.no_grad():
-                return chosen.forward(plan, inputs)
+    def forward(choice: Choice) -> Callable[[], object]:
+        return partial(chosen.forward, make_plan(problem, choice.tiling), inputs)
 
-        return forward
-    output = chosen.forward(plan, inputs)
+    def backward(choice: Choice) -> Callable[[], object]:
+        return partial(chosen.backward, plan, inputs, output, grad_out, None)
 
-    def backward() -> object:
-        with tuned.insist(insisted), torch.no_grad():
-            return chosen.backward(plan, inputs, output, grad_out, None)
-
-    return backward
+    open_choices = choices(chosen, what, problem, hardware)
+    call = forward
+    if what != "forward" and open_choices:
+        with torch.no_grad():
+            output = chosen.forward(plan, inputs)
+        grad_out, call = torch.randn_like(output.out), backward
+    key = chosen.name, what, fingerprint(problem)
+    return {choice: Step({key: choice}, call(choice)) for choice in open_choices}
 
 
 def _measure(steps: dict[Choice, Step], device: torch.device) -> dict[Choice, float]:
@@ -205,31 +208,33 @@ def _measure(steps: dict[Choice, Step], device: torch.device) -> dict[Choice, fl
     ready: dict[Choice, Step] = {}
     for choice, step in steps.items():
         try:
-            step()  # compiles
+            step.run()  # compiles
             _wait(device)
         except Unsupported:
             continue
         ready[choice] = step
-    first = {choice: min(_clock(step, device) for _ in range(2)) for choice, step in ready.items()}
+    first = {choice: min(step.clock(device) for _ in range(2)) for choice, step in ready.items()}
     limit = FINALISTS * min(first.values())
     default = next(iter(steps))
     finalists = [choice for choice in ready if first[choice] <= limit or choice == default]
     taken: dict[Choice, list[float]] = {choice: [] for choice in finalists}
     for turn in range(9):
         for choice in finalists[turn % len(finalists) :] + finalists[: turn % len(finalists)]:
-            taken[choice].append(_clock(ready[choice], device))
+            taken[choice].append(ready[choice].clock(device))
     return first | {choice: median(values) for choice, values in taken.items()}
 
 
-def _clock(step: Step, device: torch.device) -> float:
+def _clock(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         began = time.perf_counter()
-        step()
+        call()
         return (time.perf_counter() - began) * 1e3
+    cover = torch.empty(2**26, dtype=torch.int32, device=device)
     _wait(device)
-    torch.empty(2**26, dtype=torch.int32, device=device).zero_()  # the host gets ahead, the second-level cache is cold
+    for _ in range(4):
+        cover.zero_()  # the host gets ahead, and the second-level cache is cold
     start = mark(device)
-    step()
+    call()
     stop = mark(device)
     _wait(device)
     return start.elapsed_time(stop)
