@@ -44,6 +44,8 @@ def compile_part(problem: Problem, device: str, gradients: bool, part: int) -> N
                 tuning._wait(place)
             except Unsupported:
                 continue
+    if place.type == "cuda":
+        torch.cuda.empty_cache()  # many processes share the device
 
 
 def tensors_of(found: object) -> list[torch.Tensor]:
@@ -70,7 +72,7 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true", help="leave the backward pass out")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--jobs", type=int, default=14, help="processes that compile")
-    parser.add_argument("--gain", type=float, default=0.03, help="the least that a choice must gain to be kept")
+    parser.add_argument("--gain", type=float, default=0.01, help="the least that a choice must gain to be kept")
     parser.add_argument("--seconds", type=float, default=1e9, help="no problem is begun after that many")
     asked = parser.parse_args()
     count = torch.cuda.device_count() if asked.device == "cuda" else 0

@@ -10,6 +10,7 @@ import torch
 
 from vicinal.backends.base import Inputs, Output
 from vicinal.backends.hopper.cost import candidates, ranked_tilings
+from vicinal.backends.hopper.cost_backward import Cut, ranked_cuts
 from vicinal.backends.hopper.variant import is_odd_box
 from vicinal.plan import make_plan
 from vicinal.problem import Problem
@@ -248,3 +249,11 @@ def check(case: Case, backend: object) -> tuple[float, float]:
     if not (out_error <= 1 and lse_error <= 1):  # also catches NaN
         raise AssertionError(f"errors are {out_error:.2f} and {lse_error:.2f} times what is allowed: {case}")
     return out_error, lse_error
+
+
+def kind_of_cut(seed: int, kernel: str, problem: Problem, most: int = 1) -> tuple[Cut, ...]:
+    """Instead of `ranked_cuts`: the first cut of one kind, of large problems' kinds too; the seed says which."""
+    kinds: dict[tuple[int, int], Cut] = {}
+    for cut in ranked_cuts(kernel, problem, 10_000):
+        kinds.setdefault((cut.variant.consumers, prod(cut.variant.kv_box)), cut)
+    return (list(kinds.values())[seed % len(kinds)],)

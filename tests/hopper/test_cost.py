@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from vicinal.backends.hopper.cost import predicted_ms, ranked_tilings
+from vicinal._tuples import times
+from vicinal.backends.hopper.cost import LAUNCH, predicted_ms, ranked_tilings
+from vicinal.backends.hopper.cost_backward import ranked_cuts
+from vicinal.backends.hopper.variant import Variant
 from vicinal.bench.results import load
 from vicinal.bench.specs import suite
 from vicinal.plan import make_plan
@@ -76,3 +79,70 @@ def test_the_first_tiling_is_about_the_fastest() -> None:
         over[case] = times[ranked_tilings(PROBLEMS[case])[0]] / min(times.values()) - 1
     late = {case: share for case, share in over.items() if share > (0.07 if case in UNSTEADY else 0.05)}
     assert not late, late
+
+
+COLD = 0.012
+"""Milliseconds that a kernel takes beside its work where keys and values must come from memory first."""
+
+
+def numbers(words: str) -> tuple[int, ...]:
+    return tuple(map(int, words.split("x")))
+
+
+def problem_of(row: Mapping[str, str]) -> Problem:
+    return Problem.grid(
+        numbers(row["grid"]), numbers(row["window"]), stride=numbers(row["stride"]), dilation=numbers(row["dilation"]),
+        is_causal=tuple(map(bool, numbers(row["causal"]))), batch=int(row["batch"]), heads=int(row["heads"]),
+        head_dim=int(row["head_dim"]),
+    )  # fmt: skip
+
+
+def rows_of(table: str) -> list[Mapping[str, str]]:
+    with (RESULTS / table).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_rates_are_those_of_their_table() -> None:
+    """Of all tilings that take up to a fifth longer than the best one; others never run."""
+    rows = rows_of("forward-rates.csv")
+    best: dict[Problem, float] = defaultdict(lambda: float("inf"))
+    found = [(problem_of(row), Tiling(*map(numbers, (row["q_tile"], row["kv_tile"])))) for row in rows]
+    for (problem, _), row in zip(found, rows, strict=True):
+        best[problem] = min(best[problem], float(row["milliseconds"]))
+    off, late = list[float](), dict[str, float]()
+    for (problem, tiling), row in zip(found, rows, strict=True):
+        ms = float(row["milliseconds"])
+        if ms < 1.2 * best[problem]:
+            off.append(abs((predicted(problem, tiling) + COLD - LAUNCH) / ms - 1))
+        if tiling == ranked_tilings(problem)[0]:
+            late[f"{problem}, heads of {problem.head_dim}"] = ms / best[problem] - 1
+    assert len(best) == 58 and len(late) > 0.8 * len(best)
+    assert median(off) < 0.035 and sum(share < 0.1 for share in off) > 0.9 * len(off)
+    assert sum(share > 0.05 for share in late.values()) <= 1, late  # heads of 256 with a window of 7x7: 12%
+
+
+def test_rates_of_gradients_are_those_of_their_table() -> None:
+    best: dict[tuple[Problem, str], float] = defaultdict(lambda: float("inf"))
+    off, late = list[float](), dict[str, float]()
+    rows = rows_of("gradient-rates.csv")
+    for row in rows:
+        key = problem_of(row), row["pass"]
+        best[key] = min(best[key], float(row["milliseconds"]))
+    for row in rows:
+        problem, ms = problem_of(row), float(row["milliseconds"])
+        ranked, cut = ranked_cuts(row["pass"], problem, 10_000), (row["row_tile"], row["stack"], row["box"])
+        alike = [each for each in ranked if named(each.variant) == cut]
+        off.append(abs((alike[0].milliseconds + COLD) / ms - 1))
+        if alike[0] == ranked[0]:
+            late[f"{problem}, heads of {problem.head_dim}, {row['pass']}"] = ms / best[problem, row["pass"]] - 1
+    assert len(late) > 0.7 * len(best)
+    assert median(off) < 0.04 and sum(share < 0.1 for share in off) > 0.85 * len(off)
+    assert not {name: share for name, share in late.items() if share > 0.05}
+
+
+def named(variant: Variant) -> tuple[str, str, str]:
+    """A cut as the table has it."""
+    first = 3 - variant.rank
+    stack = variant.stack - first if variant.consumers > 1 else 0
+    rows = [n * (variant.consumers if i == variant.stack else 1) for i, n in enumerate(variant.box)]
+    return times(tuple(rows[first:])), str(stack), times(variant.kv_box[first:])

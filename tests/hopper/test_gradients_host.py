@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import draw
+from problems import draw, kind_of_cut
 
 from vicinal.backends import cuda, hopper
 from vicinal.backends.base import Inputs, Output
@@ -97,19 +97,25 @@ def test_contiguous_strides() -> None:
 
 def test_random_problems_meet_everything() -> None:
     """Those that the tests on a card draw: each feature is among them, and with it each line that it takes."""
-    cases = [case for case in map(draw, range(40)) if case.problem.head_dim in HEAD_DIMS]
-    problems = [case.problem for case in cases]
-    variants = [ranked_cuts(kernel, problem)[0].variant for kernel in ("keys", "queries") for problem in problems]
+    drawn = {seed: draw(seed) for seed in range(40)}
+    cases = {seed: case for seed, case in drawn.items() if case.problem.head_dim in HEAD_DIMS}
+    cuts = [
+        kind_of_cut(seed, kernel, case.problem)[0] for kernel in ("keys", "queries") for seed, case in cases.items()
+    ]
+    variants = [cut.variant for cut in cuts]
+    problems = [case.problem for case in cases.values()]
     features = {
         "grouped heads": any(p.heads > p.heads_kv for p in problems),
         "a negative scale": any(p.scale < 0 for p in problems),
         "a scale of zero": any(p.scale == 0 for p in problems),
-        "additional keys": any(p.additional and not case.has_lengths for p, case in zip(problems, cases, strict=True)),
-        "lengths": any(case.has_lengths for case in cases),
+        "additional keys": any(
+            p.additional and not case.has_lengths for p, case in zip(problems, cases.values(), strict=True)
+        ),
+        "lengths": any(case.has_lengths for case in cases.values()),
         "dilation that does not divide": any(a.length % a.dilation for p in problems for a in p.axes),
         "stride": any(a.stride > 1 for p in problems for a in p.axes),
         "strided batch rows": any(
-            p.batch > 1 and case.layout == "padded" for p, case in zip(problems, cases, strict=True)
+            p.batch > 1 and case.layout == "padded" for p, case in zip(problems, cases.values(), strict=True)
         ),
         "causal and strided": any(
             a.is_causal and a.stride > 2 and a.length > 2 * a.kernel_size for p in problems for a in p.axes

@@ -16,19 +16,19 @@ from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
 
 RATES: dict[tuple[str, int, int, int], Rate] = {
-    # (kernel, head_dim, warpgroups, columns of a box): fitted to some 80 timings, bf16, sustained clocks.
-    ("keys", 32, 1, 64): Rate(1.0, 0.25, 0.02, 0.15),
-    ("keys", 64, 1, 32): Rate(1.6, 0.262, 0.020, 0.12),
-    ("keys", 64, 1, 64): Rate(1.6, 0.494, 0.011, 0.25),
-    ("keys", 64, 2, 64): Rate(4.5, 0.555, 0.0, 0.25),
-    ("keys", 128, 1, 64): Rate(1.0, 0.89, 0.02, 0.60),
-    ("keys", 128, 2, 64): Rate(2.2, 0.821, 0.0, 0.46),
-    ("queries", 32, 1, 64): Rate(1.0, 0.19, 0.02, 0.15),
-    ("queries", 64, 1, 64): Rate(1.1, 0.335, 0.008, 0.20),
-    ("queries", 64, 2, 128): Rate(3.8, 0.66, 0.009, 0.30),
-    ("queries", 128, 1, 64): Rate(1.0, 0.63, 0.003, 0.30),
-    ("queries", 128, 2, 64): Rate(0.5, 0.565, 0.0, 0.31),
-    ("queries", 128, 2, 128): Rate(0.5, 1.15, 0.019, 0.52),
+    # (kernel, head_dim, warpgroups, columns of a box): fitted, in bf16, to `gradient-rates.csv`.
+    ("keys", 32, 1, 64): Rate(1.29, 0.319, 0.061, 0.00),
+    ("keys", 64, 1, 32): Rate(1.35, 0.267, 0.006, 0.12),
+    ("keys", 64, 1, 64): Rate(1.71, 0.490, 0.005, 0.02),
+    ("keys", 64, 2, 64): Rate(3.89, 0.571, 0.001, 0.00),
+    ("keys", 128, 1, 64): Rate(2.44, 0.829, 0.000, 0.56),
+    ("keys", 128, 2, 64): Rate(5.99, 0.755, 0.057, 0.33),
+    ("queries", 32, 1, 64): Rate(0.90, 0.238, 0.005, 0.02),
+    ("queries", 64, 1, 64): Rate(1.18, 0.297, 0.013, 0.23),
+    ("queries", 64, 2, 128): Rate(3.24, 0.643, 0.051, 0.14),
+    ("queries", 128, 1, 64): Rate(2.06, 0.606, 0.000, 0.06),
+    ("queries", 128, 2, 64): Rate(5.09, 0.499, 0.026, 0.07),
+    ("queries", 128, 2, 128): Rate(4.66, 1.079, 0.032, 0.00),
 }
 """Measured as in `cost.RATES`. One warpgroup means that blocks are small enough for two or more to share a
 multiprocessor."""

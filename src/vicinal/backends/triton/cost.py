@@ -23,11 +23,9 @@ from vicinal.backends.triton.rates import (
     HELD,
     HOPPER_SHAPES,
     MOST_CHUNK,
-    MOST_HELD,
     RESIDENT,
     RESIDENT_SINGLE,
     SHAPES,
-    SINGLE,
     Shape,
 )
 from vicinal.backends.triton.variant import FACTS, Variant, padded, three
@@ -52,7 +50,7 @@ def shapes(kernel: str, problem: Problem, hardware: Hardware) -> tuple[Shape, ..
     kind = kernel, problem.itemsize, max(padded(problem.head_dim), padded(problem.head_dim_v), 64)
     known = SHAPES[kind]
     if can_hold(kernel, problem, hardware):
-        known = (HELD[kernel], *known)
+        known = (*HELD[kernel], *known)
     if hardware.arch == (9, 0):
         own = HOPPER_SHAPES.get(kind, ())
         own = tuple(shape for shape in own if is_plain(problem) or not (shape.registers or shape.lifts))
@@ -114,7 +112,7 @@ def smem_bytes(kernel: str, problem: Problem, shape: Shape) -> int:
     token = (padded(problem.head_dim) + padded(problem.head_dim_v)) * problem.itemsize
     own = padded(problem.head_dim) * problem.itemsize if kernel == "forward" or shape.lifts else token
     if shape.holds:
-        return shape.stages * (shape.rows * 2 * own + MOST_HELD * shape.columns * (token + 4 * FACTS)) + 2048
+        return shape.stages * (shape.rows * 2 * own + shape.holds * shape.columns * (token + 4 * FACTS)) + 2048
     weights = 2 * shape.rows * shape.columns * problem.itemsize if kernel == "keys" else 0
     parts = 2 if problem.itemsize == 4 else 1
     bias = 4 * max(shape.stages - 1, 1) * shape.rows * shape.columns if problem.position_bias else 0
@@ -168,12 +166,14 @@ class Cut(NamedTuple):
 def cuts(kernel: str, problem: Problem, hardware: Hardware, most: int = 16) -> tuple[Cut, ...]:
     """Ways to cut a pass of `problem`, the one with the least predicted time first.
 
+    A pass for queries that leaves sums for the position bias, too, or all gradients, saves more than its own time.
+
     Args:
         kernel: `"forward"`, `"queries"` or `"keys"`.
         problem: what is asked.
         hardware: where; its multiprocessors and shared memory count.
     """
-    found = sorted(_cuts(kernel, problem, hardware), key=lambda cut: (round(cut.time, 3), cut.rows[::-1]))
+    found = sorted(_cuts(kernel, problem, hardware), key=lambda cut: (not cut.sums, round(cut.time, 3), cut.rows[::-1]))
     return tuple(found[:most])
 
 
@@ -188,7 +188,7 @@ def _cuts(kernel: str, problem: Problem, hardware: Hardware) -> Iterator[Cut]:
 def _cut(
     kernel: str, problem: Problem, units: int, shape: Shape, rows: tuple[int, ...], columns: tuple[int, ...]
 ) -> Cut | None:
-    """`None` if blocks should hold more than they can."""
+    """`None` if blocks would hold more than they can, or so little that another shape is for them."""
     is_inverse = kernel == "keys"
     heads = problem.heads_kv if is_inverse else problem.heads
     repeats = problem.heads // problem.heads_kv if is_inverse else 1
@@ -200,11 +200,10 @@ def _cut(
         # Where a tile and a box are a whole dilation group, all pairs of them lie as far ahead.
         is_whole = all(count[0] == axis.dilation for count, axis in zip(counts, problem.axes, strict=True))
         sums = kernel == "queries" and is_whole and prod(held) == 1
-        cut = Cut(rows, columns, shape, 0.0, True, held, sums=sums)
-        if kernel == "forward" and prod(held) == 1:
-            cut = cut._replace(shape=SINGLE._replace(warps=shape.warps, stages=shape.stages))
-            return _held_cut(problem, units, cut, tiles * heads, RESIDENT_SINGLE)
-        return _held_cut(problem, units, cut, tiles * heads, RESIDENT)
+        if kernel == "forward" and shape.holds > prod(held) == 1:
+            return None  # one box has a shape of its own
+        resident = RESIDENT_SINGLE if shape.holds == 1 else RESIDENT
+        return _held_cut(problem, units, Cut(rows, columns, shape, 0.0, True, held, sums=sums), tiles * heads, resident)
     pace = shape.pace + shape.mask * (visited - full) / visited
     one = shape.start + (longest * repeats + additional) * pace
     everything = tiles * shape.start + (visited * repeats + tiles * additional) * pace
@@ -215,7 +214,7 @@ def _cut(
 def _held_cut(problem: Problem, units: int, cut: Cut, tiles: int, resident: int) -> Cut | None:
     """Batch rows are divided among blocks so that the last ones to run leave few multiprocessors idle."""
     number = prod(cut.held)
-    if number > MOST_HELD:
+    if number > cut.shape.holds:
         return None
     row = cut.shape.start + number * cut.shape.pace
 

@@ -14,7 +14,7 @@ class Shape(NamedTuple):
         start: microseconds of one multiprocessor per block, whatever it visits.
         pace: per pair of a tile and a box.
         mask: added to the pace by a mask.
-        holds: whether a block holds the bias of all boxes while it walks batch rows, see `held`. Then `start` is per
+        holds: of how many boxes a block holds the bias while it walks batch rows, see `held`. If any, `start` is per
             batch row, and `mask`, once, what a block takes before them.
         registers, lifts: as in `Variant`.
     """
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     start: float
     pace: float
     mask: float
-    holds: bool = False
+    holds: int = 0
     registers: int = 0
     lifts: bool = False
 
@@ -100,16 +100,20 @@ SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
 }
 
 
-HELD: dict[str, Shape] = {
-    "forward": Shape(64, 64, 4, 2, 0.31, 0.440, 2.2, holds=True),
-    "queries": Shape(64, 64, 4, 2, 1.10, 0.335, 1.9, holds=True),
-    "keys": Shape(64, 64, 4, 2, 0.78, 0.445, 1.9, holds=True),
-}
-"""Of passes with a position bias and heads of up to 32 in 16 bits, whose blocks may hold it. Solved for from times of
-DiNAT's first two layers."""
-
 MOST_HELD = 4
 """Boxes of which a block can hold the bias: so many registers there are."""
+
+HELD: dict[str, tuple[Shape, ...]] = {
+    "forward": (
+        Shape(64, 64, 4, 3, 0.31, 0.375, 2.2, holds=MOST_HELD),
+        Shape(64, 64, 4, 2, 0.31, 0.440, 2.2, holds=MOST_HELD),
+        Shape(64, 64, 4, 2, 0.31, 0.315, 1.5, holds=1),
+    ),
+    "queries": (Shape(64, 64, 4, 2, 1.10, 0.335, 1.9, holds=MOST_HELD),),
+    "keys": (Shape(64, 64, 4, 2, 0.78, 0.445, 1.9, holds=MOST_HELD),),
+}
+"""Of passes with a position bias and heads of up to 32 in 16 bits, whose blocks may hold it. Solved for from times of
+DiNAT's layers."""
 
 MOST_CHUNK = 64
 """Batch rows of a block, at most: what it takes once is little by then."""
@@ -117,11 +121,8 @@ MOST_CHUNK = 64
 RESIDENT = 2
 """Blocks that hold a bias and run on one multiprocessor at a time: its registers are enough for no more."""
 
-SINGLE = Shape(64, 64, 4, 2, 0.31, 0.315, 1.5, holds=True)
-"""The forward pass where a block holds that of one box. Solved for from times of DiNAT's first two dilated layers."""
-
 RESIDENT_SINGLE = 4
-"""Blocks of that which run on one multiprocessor at a time: they take half the registers."""
+"""Blocks of a forward pass that hold that of one box: they take half the registers."""
 
 # Of sm_90, beside the others; what has registers of its own stands for its like among them.
 HOPPER_SHAPES: dict[tuple[str, int, int], tuple[Shape, ...]] = {
