@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from vicinal import backends, tuned, tuning
-from vicinal.backends import blocked
+from vicinal.backends import blocked, hopper
 from vicinal.backends import triton as portable
 from vicinal.backends.base import Gradients, Inputs, Output
 from vicinal.backends.triton.cost import best_cut, choice_of, cut_as, cuts, open_cuts, room_of, smem_bytes
+from vicinal.bench.specs import SUITES
 from vicinal.errors import InvalidProblem
 from vicinal.functional import neighborhood_attention
 from vicinal.hardware import Hardware
@@ -300,3 +302,26 @@ def test_a_choice_that_is_none_cannot_be_made() -> None:
         Choice((0, 4), (4, 4))
     with pytest.raises(InvalidProblem, match="warps and stages must be at least 0, got -1 and 2"):
         Choice((4, 4), (4, 4), -1, 2)
+
+
+def test_the_package_s_table_is_used() -> None:
+    path = tuned.path_of("h100-sxm", Path(str(files("vicinal") / "data")))
+    entries = tuned.load(path, whatever_version=True)
+    problems = {fingerprint(spec.problem): spec.problem for suite in SUITES.values() for spec in suite}
+    assert {"hopper", "triton"} == {backend for backend, _, _ in entries}
+    for (backend, what, words), entry in entries.items():
+        assert entry.milliseconds < 0.99 * entry.untuned_milliseconds
+        assert tuned.pick(backend, what, problems[words], H100) == entry.choice
+        if backend == "triton":
+            assert choice_of(best_cut(what, problems[words], H100)) == entry.choice
+        else:
+            assert backends.preferred(hopper.backend, problems[words], H100) == entry.choice.tiling
+
+
+def test_the_user_s_file_comes_after_the_package_s_table(folder: Path) -> None:
+    (key, entry), *_ = tuned.known("h100-sxm").items()
+    own = replace(entry, choice=replace(entry.choice, rows=entry.choice.columns))
+    tuned.remember("h100-sxm", {key: own})
+    tuned.forget()
+    assert tuned.known("h100-sxm")[key] == own
+    assert len(tuned.known("h100-sxm")) > 1 == len(tuned.load(tuned.path_of("h100-sxm")))

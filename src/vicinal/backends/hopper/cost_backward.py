@@ -16,19 +16,20 @@ from vicinal.plan import AxisPlan
 from vicinal.problem import Axis, Problem
 
 RATES: dict[tuple[str, int, int, int], Rate] = {
-    # (kernel, head_dim, warpgroups, columns of a box): fitted, in bf16, to `gradient-rates.csv`.
-    ("keys", 32, 1, 64): Rate(1.29, 0.319, 0.061, 0.00),
-    ("keys", 64, 1, 32): Rate(1.35, 0.267, 0.006, 0.12),
-    ("keys", 64, 1, 64): Rate(1.71, 0.490, 0.005, 0.02),
-    ("keys", 64, 2, 64): Rate(3.89, 0.571, 0.001, 0.00),
-    ("keys", 128, 1, 64): Rate(2.44, 0.829, 0.000, 0.56),
-    ("keys", 128, 2, 64): Rate(5.99, 0.755, 0.057, 0.33),
-    ("queries", 32, 1, 64): Rate(0.90, 0.238, 0.005, 0.02),
-    ("queries", 64, 1, 64): Rate(1.18, 0.297, 0.013, 0.23),
-    ("queries", 64, 2, 128): Rate(3.24, 0.643, 0.051, 0.14),
-    ("queries", 128, 1, 64): Rate(2.06, 0.606, 0.000, 0.06),
-    ("queries", 128, 2, 64): Rate(5.09, 0.499, 0.026, 0.07),
-    ("queries", 128, 2, 128): Rate(4.66, 1.079, 0.032, 0.00),
+    # (kernel, head_dim, warpgroups, columns of a box): fitted, in bf16, to `gradient-rates.csv`, see
+    # `benchmarks/rates.py`.
+    ("keys", 32, 1, 64): Rate(1.29, 0.319, 0.060, 0.00),
+    ("keys", 64, 1, 32): Rate(1.36, 0.267, 0.005, 0.12),
+    ("keys", 64, 1, 64): Rate(1.73, 0.489, 0.005, 0.01),
+    ("keys", 64, 2, 64): Rate(4.03, 0.560, 0.000, 0.00),
+    ("keys", 128, 1, 64): Rate(2.45, 0.829, 0.000, 0.58),
+    ("keys", 128, 2, 64): Rate(5.74, 0.756, 0.054, 0.38),
+    ("queries", 32, 1, 64): Rate(0.90, 0.237, 0.004, 0.02),
+    ("queries", 64, 1, 64): Rate(1.18, 0.299, 0.012, 0.22),
+    ("queries", 64, 2, 128): Rate(3.69, 0.618, 0.045, 0.08),
+    ("queries", 128, 1, 64): Rate(2.07, 0.603, 0.000, 0.07),
+    ("queries", 128, 2, 64): Rate(5.19, 0.499, 0.026, 0.06),
+    ("queries", 128, 2, 128): Rate(4.96, 1.051, 0.048, 0.00),
 }
 """Measured as in `cost.RATES`. One warpgroup means that blocks are small enough for two or more to share a
 multiprocessor."""
@@ -86,34 +87,41 @@ def seen(axis: Axis, rows: int, columns: int, is_inverse: bool) -> int:
 
 def _shapes(kernel: str, problem: Problem) -> Iterator[tuple[float, Shape]]:
     """Every way to cut a pass, and the milliseconds that it is predicted to take."""
-    is_inverse, missing = kernel == "keys", 3 - problem.rank
-    heads = problem.heads_kv if is_inverse else problem.heads
-    repeats = problem.heads // heads
     for (name, head_dim, consumers, columns), rate in RATES.items():
         if (name, head_dim) != (kernel, problem.head_dim):
             continue
-        additional = 0 if is_inverse else ceil_div(problem.additional, columns)
         for (row_tile, stack), box in product(_row_tiles(consumers, problem.rank), boxes(columns, problem.rank)):
-            width, is_reduced = code_width(box)
-            if problem.rank > 1 and width > 32:
-                continue
-            cuts = list(zip(problem.axes, row_tile, box, strict=True))
-            counts = [_counts(*cut, is_inverse) for cut in cuts]
-            tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
-            mask = "none" if visited == full else mask_for(box)
-            pace = rate.pace
-            if mask == "coded":
-                pace += rate.coded * (1 + is_reduced + 2 * (width > 16))
-            elif mask == "select":
-                pace += rate.select * (visited - full) / visited
-            share = 1.0
-            if consumers == 2 and mask != "none":
-                share = PASSING * seen(*cuts[stack], is_inverse) / (2 * counts[stack][1])
-            one = rate.start + consumers * (longest * min(share, 1) * repeats + additional) * pace
-            everything = tiles * rate.start
-            everything += consumers * (visited * min(share, 1) * repeats + tiles * additional) * pace
-            time = max(problem.batch * heads * everything / MULTIPROCESSORS, one) / 1e3
-            yield time, Shape(row_tile, stack + missing, box, mask, share < 1, visited * prod(row_tile) * columns)
+            if problem.rank == 1 or code_width(box)[0] <= 32:
+                yield predict(kernel, problem, rate, row_tile, stack, box)
+
+
+def predict(
+    kernel: str, problem: Problem, rate: Rate, row_tile: tuple[int, ...], stack: int, box: tuple[int, ...]
+) -> tuple[float, Shape]:
+    """The milliseconds that a pass takes which is cut so, and the cut's shape. `stack` counts the problem's axes."""
+    is_inverse, missing = kernel == "keys", 3 - problem.rank
+    heads = problem.heads_kv if is_inverse else problem.heads
+    repeats = problem.heads // heads
+    consumers, columns = prod(row_tile) // 64, prod(box)
+    additional = 0 if is_inverse else ceil_div(problem.additional, columns)
+    cuts = list(zip(problem.axes, row_tile, box, strict=True))
+    counts = [_counts(*cut, is_inverse) for cut in cuts]
+    tiles, visited, full, longest = (prod(column) for column in zip(*counts, strict=True))
+    mask = "none" if visited == full else mask_for(box)
+    pace = rate.pace
+    if mask == "coded":
+        width, is_reduced = code_width(box)
+        pace += rate.coded * (1 + is_reduced + 2 * (width > 16))
+    elif mask == "select":
+        pace += rate.select * (visited - full) / visited
+    share = 1.0
+    if consumers == 2 and mask != "none":
+        share = PASSING * seen(*cuts[stack], is_inverse) / (2 * counts[stack][1])
+    one = rate.start + consumers * (longest * min(share, 1) * repeats + additional) * pace
+    everything = tiles * rate.start
+    everything += consumers * (visited * min(share, 1) * repeats + tiles * additional) * pace
+    time = max(problem.batch * heads * everything / MULTIPROCESSORS, one) / 1e3
+    return time, Shape(row_tile, stack + missing, box, mask, share < 1, visited * prod(row_tile) * columns)
 
 
 def _row_tiles(consumers: int, rank: int) -> Iterator[tuple[tuple[int, ...], int]]:
