@@ -1,0 +1,106 @@
+"""The pages tell the truth: their code runs, their links lead somewhere, their commands are accepted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[1]
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@every_page
+def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Blocks marked `python` are run one after another; those marked `py` need weights or a GPU, and are only read."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+    for block in blocks(page, "py"):
+        compile(block, page.name, "exec")
+
+
+def test_the_readme_shows_code():
+    assert blocks(ROOT / "README.md", "python")
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings as code hosts make them of their words."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name} links to {target}, a heading that is not there"
+
+
+@every_page
+def test_tables_have_rows_of_equal_width(page: Path):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for table in re.findall(r"(?:^\|.*\|\n)+", text + "\n", flags=re.MULTILINE):
+        rows = [re.sub(r"`[^`]*`", "", row).count("|") for row in table.splitlines()]
+        assert len(rows) > 2, f"{page.name} has a table without rows: {table}"
+        assert len(set(rows)) == 1, f"{page.name} has a table of uneven rows: {table}"
+
+
+def shell(page: Path) -> list[str]:
+    lines = "".join(blocks(page, "sh")).splitlines()
+    return [re.sub(r"\s+#.*", "", line).removeprefix(".venv/bin/") for line in lines]
+
+
+@every_page
+def test_commands_are_accepted(page: Path):
+    """Lines of shell are read by the parser of the command line, not run; of words in a text, options must be known."""
+    from vicinal.cli import app
+
+    group: Any = typer.main.get_command(app)
+    for line in shell(page):
+        match shlex.split(line):
+            case ["vicinal", name, *words] if name != "--help":
+                assert name in group.commands, f"{page.name}: {line}"
+                with group.commands[name].make_context(name, words):
+                    pass
+    for words in re.findall(r"`vicinal (\w[^`]*)`", page.read_text()):
+        name, *options = re.findall(r"^[\w-]+|--[a-z-]+", words)
+        assert name in group.commands, f"{page.name}: {words}"
+        known = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert known.issuperset(options), f"{page.name}: {words}"
+
+
+@every_page
+def test_targets_of_make_exist(page: Path):
+    makefile = (ROOT / "Makefile").read_text()
+    lines = shell(page) + re.findall(r"`(make [^`]*)`", page.read_text())
+    for target in re.findall(r"^make (\w+)", "\n".join(lines), flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile, f"{page.name}: make {target}"
+
+
+def test_the_table_of_forward_passes_is_that_of_its_file():
+    from vicinal.bench import results, table
+
+    _, rows = table.table(results.load(ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3/2026-11-22.csv"))
+    lines = (ROOT / "docs/measured.md").read_text().splitlines()
+    for case, _, hopper, *peers in rows:
+        said = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {case} | {hopper} | ")]
+        assert len(said) == 1, f"docs/measured.md has {len(said)} lines of {case} as the file has it"
+        assert [cell.strip() for cell in said[0][3:]] == [cell for cell in peers if cell]
