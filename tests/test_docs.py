@@ -104,3 +104,33 @@ def test_the_table_of_forward_passes_is_that_of_its_file():
         said = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {case} | {hopper} | ")]
         assert len(said) == 1, f"docs/measured.md has {len(said)} lines of {case} as the file has it"
         assert [cell.strip() for cell in said[0][3:]] == [cell for cell in peers if cell]
+
+
+def test_the_index_lists_every_page():
+    listed = re.findall(r"^\| \[.*?\]\((.*?)\)", (ROOT / "docs/README.md").read_text(), flags=re.MULTILINE)
+    there = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")} - {"README.md"}
+    assert there == {path for path in listed if not path.startswith("..")}
+    assert "](docs/README.md)" in (ROOT / "README.md").read_text()
+
+
+def test_variables_are_those_that_are_read():
+    """The page of variables names each one that the code asks for, and none of ours that nothing asks for."""
+    code = {
+        path: path.read_text() for folder in ("src", "tests", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")
+    }
+    ours = {name for text in code.values() for name in re.findall(r"VICINAL_[A-Z]+", text)}
+    read = {
+        name
+        for path, text in code.items()
+        if path.is_relative_to(ROOT / "src")
+        for name in re.findall(r"environ(?:\.get|\.pop)?[\[(]\"(\w+)", text)
+    }
+    assert {"VICINAL_BACKEND", "VICINAL_CACHE", "VICINAL_TUNE"} <= ours and "TRITON_INTERPRET" in read
+    text = (ROOT / "docs/environment.md").read_text()
+    said = set(re.findall(r"`([A-Z][A-Z_]+)`", text))
+    assert {name for name in said if name.startswith("VICINAL_")} == ours
+    assert read <= said
+    from vicinal import backends
+
+    row = next(line for line in text.splitlines() if line.startswith("| `VICINAL_BACKEND`"))
+    assert re.findall(r"`([a-z]+)`", row) == [backend.name for backend in backends.ALL]
