@@ -1,5 +1,6 @@
 """Neighborhood attention on 1-D, 2-D and 3-D grids: meaning, plan, prediction, kernels."""
 
+from vicinal import nn as nn  # as torch.nn: a namespace that is there at once
 from vicinal.backends import explain
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.functional import (

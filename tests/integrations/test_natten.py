@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import vicinal
 from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.integrations import natten as drop_in
+from vicinal.integrations import natten_kernel
 from vicinal.window import window
 
 
@@ -96,6 +99,15 @@ def test_fused_calls_of_today_and_with_the_old_bias(natten: Any):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_the_kernel_for_others_takes_names_of_their_backends():
+    written: dict[str, Any] = {}
+    exec(natten_kernel.MODULE, written)
+    q, k, v = torch.randn(3, 1, 9, 7, 2, 8)
+    out, lse = written["na2d"](q, k, v, 3, backend="hopper-fna", return_lse=True)
+    torch.testing.assert_close(out, vicinal.na2d(q, k, v, 3))
+    assert torch.equal(written["merge_attentions"]([out], [lse], torch_compile=False)[0], out)
+
+
 @pytest.mark.parametrize("keys", [10, 6])
 def test_dense_attention_and_merging(natten: Any, keys: int):
     q, k, v = (torch.randn(2, n, h, 8) for n, h in ((10, 4), (keys, 2), (keys, 2)))
@@ -118,3 +130,46 @@ def test_layers_take_old_and_new_arguments(natten: Any):
     assert natten.NeighborhoodAttention1D(16, 4, 3, 2).stride == (2,)
     with pytest.raises(Unsupported, match="attn_drop"):
         natten.NeighborhoodAttention1D(16, 4, 3, attn_drop=0.1)
+
+
+def rows_of_the_guide() -> list[tuple[str, str]]:
+    page = (Path(__file__).parents[2] / "docs" / "natten.md").read_text()
+    rows = re.findall(r"^\| `(natten\.\S.*?\))` \| `(vicinal\..*?\))`", page, flags=re.MULTILINE)
+    assert len(rows) == page.count("\n| `natten."), "a row of the guide is not a pair of calls"
+    return rows
+
+
+@pytest.mark.parametrize(("theirs", "ours"), rows_of_the_guide())
+def test_calls_of_the_guide_give_the_same(natten: Any, theirs: str, ours: str):
+    q, k, v = torch.randn(3, 1, 24, 40, 4, 32)
+    extra_k, extra_v = torch.randn(2, 1, 5, 4, 32)
+    names: dict[str, Any] = {"natten": natten, "vicinal": vicinal, "q": q, "k": k, "v": v}
+    names |= {"extra_k": extra_k, "extra_v": extra_v, "s": torch.randn(2, 50, 4, 32), "rpb": torch.randn(4, 13, 13)}
+    names |= {"out": v, "lse": torch.randn(1, 24, 40, 4), "weights": torch.rand(1, 24, 40, 4, 49)}
+    there, here = eval(theirs, dict(names)), eval(ours, dict(names))
+    if isinstance(here, torch.nn.Module):
+        here.load_state_dict(there.state_dict())
+        x = torch.randn(1, 24, 40, 128)
+        there, here = there(x), here(x)
+    pairs = [(there, here)] if isinstance(here, torch.Tensor) else zip(there, here, strict=True)
+    for theirs_is, ours_is in pairs:
+        torch.testing.assert_close(theirs_is, ours_is)
+
+
+def test_global_settings_are_told_again_and_change_nothing(natten: Any):
+    q, k, v = torch.randn(3, 1, 9, 7, 2, 8)
+    before = natten.na2d(q, k, v, 3)
+    natten.use_deterministic_algorithms(True)
+    natten.context.use_kv_parallelism_in_fused_na(False)
+    natten.set_memory_usage_preference("strict")
+    natten.allow_flex_compile(True, backprop=True)
+    assert natten.are_deterministic_algorithms_enabled() and not natten.is_kv_parallelism_in_fused_na_enabled()
+    assert natten.is_memory_usage_strict() and natten.is_flex_compile_backprop_allowed()
+    assert torch.equal(natten.na2d(q, k, v, 3), before)
+    natten.disable_flex_compile()
+    assert not natten.is_flex_compile_allowed() and not natten.is_flex_compile_backprop_allowed()
+    with pytest.raises(InvalidProblem, match="pref must be one of default, strict, unrestricted, got 'most'"):
+        natten.set_memory_usage_preference("most")
+    natten.use_deterministic_algorithms(False)
+    natten.use_kv_parallelism_in_fused_na(True)
+    natten.set_memory_usage_preference()

@@ -12,7 +12,7 @@ REPOSITORY = "shi-labs/natten"
 
 MODULE = '''"""NATTEN's functions as vicinal has them, on every device that PyTorch has."""
 
-from vicinal import merge_attentions, na1d, na2d, na3d
+from vicinal.integrations.natten.functional import merge_attentions, na1d, na2d, na3d
 
 __all__ = ["merge_attentions", "na1d", "na2d", "na3d"]
 '''

@@ -23,14 +23,16 @@ VERSION = "0.21.7"
 
 def _modules() -> dict[str, dict[str, Any]]:
     """Names by module. Made at first import of `natten`, not before."""
-    from vicinal.integrations.natten import functional, modules
+    from vicinal.integrations.natten import functional, modules, settings
 
     functions = {name: getattr(functional, name) for name in functional.__all__}
     layers = {name: getattr(modules, name) for name in modules.__all__}
+    context = {name: getattr(settings, name) for name in settings.__all__}
     return {
-        "natten": {**functions, **layers, "__version__": VERSION, "HAS_LIBNATTEN": False, "__path__": []},
+        "natten": {**functions, **layers, **context, "__version__": VERSION, "HAS_LIBNATTEN": False, "__path__": []},
         "natten.functional": functions,
         "natten.modules": layers,
+        "natten.context": context,
     }
 
 
@@ -50,7 +52,7 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        known = ("natten", "natten.functional", "natten.modules")
+        known = ("natten", "natten.functional", "natten.modules", "natten.context")
         return ModuleSpec(fullname, self, is_package=fullname == "natten") if fullname in known else None
 
     def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
@@ -69,7 +71,7 @@ class _Finder(MetaPathFinder, Loader):
 
         vars(module)["__getattr__"] = missing
         if module.__name__ == "natten":  # whose modules are there as soon as it is
-            for name in ("functional", "modules"):
+            for name in ("functional", "modules", "context"):
                 vars(module)[name] = importlib.import_module(f"natten.{name}")
 
 
@@ -83,6 +85,7 @@ def install(*, replace: bool = False) -> None:
 
     * today's `na1d`, `na2d`, `na3d`, `neighborhood_attention_generic`, `attention`, `merge_attentions` and
       `NeighborhoodAttention1D/2D/3D`;
+    * its global settings (`use_deterministic_algorithms`, `use_kv_parallelism_in_fused_na`, ...), without effect;
     * the old `na1d_qk`, `na1d_av`, `natten1dqkrpb`, `natten1dqk`, `natten1dav`, and those of 2-D and 3-D, with
       position bias, heads first; and the arguments `rpb` and `rel_pos_bias`.
 
