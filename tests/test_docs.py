@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ def test_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
-    for block in blocks(page, "py"):
+    for block in blocks(page, "py") if page.name != "api.md" else ():  # signatures are no statements
         compile(block, page.name, "exec")
 
 
@@ -111,6 +113,26 @@ def test_the_index_lists_every_page():
     there = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")} - {"README.md"}
     assert there == {path for path in listed if not path.startswith("..")}
     assert "](docs/README.md)" in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def api() -> dict[str, Any]:
+    """The script that writes the page of public names."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -r requirements-models.txt")
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -r requirements-models.txt")
+    return runpy.run_path(str(ROOT / "docs/api.py"))
+
+
+def test_the_page_of_public_names_is_what_its_script_writes(api: dict[str, Any]):
+    written = (ROOT / "docs/api.md").read_text()
+    assert written == api["page"](), "a public signature or docstring has changed; run: python docs/api.py"
+
+
+@pytest.mark.parametrize("package", ["", ".nn", ".models", ".train", ".testing", ".integrations.diffusers"])
+def test_every_public_name_is_on_the_page(api: dict[str, Any], package: str):
+    module = importlib.import_module(f"vicinal{package}")
+    entries = [entry for group in api["GROUPS"] for entry in api["entries"](group)]
+    assert set(module.__all__) == {name for path, names in entries if path == module.__name__ for name in names}
 
 
 def test_variables_are_those_that_are_read():
