@@ -69,7 +69,7 @@ GROUPS = (
     Group(
         "Tuning",
         "See also [environment](environment.md).",
-        {"vicinal.tuning": "tune tuning Finding", "vicinal.tuned": "Choice cache_folder"},
+        {"vicinal.tuning": "tune tuning Finding", "vicinal.tuned": "cache_folder"},
     ),
     Group(
         "Models",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import runpy
 import shlex
@@ -133,6 +134,61 @@ def test_every_public_name_is_on_the_page(api: dict[str, Any], package: str):
     module = importlib.import_module(f"vicinal{package}")
     entries = [entry for group in api["GROUPS"] for entry in api["entries"](group)]
     assert set(module.__all__) == {name for path, names in entries if path == module.__name__ for name in names}
+
+
+MADE_BY = {
+    "vicinal.simulate.Speedup": "vicinal.simulate.Estimate",
+    "vicinal.tuning.Finding": "vicinal.tuning.tune",
+    "vicinal.train.Task": "vicinal.train.Run",
+    "vicinal.testing.Finding": "vicinal.testing.check_backend",
+    "vicinal.testing.Report": "vicinal.testing.check_backend",
+    "vicinal.backends.base.Output": "vicinal.backends.base.Backend",
+    "vicinal.backends.base.Gradients": "vicinal.backends.base.Backend",
+}
+"""What nobody makes by hand, and whose example has it."""
+
+
+def callables(api: dict[str, Any]) -> dict[str, Any]:
+    entries = [entry for group in api["GROUPS"] for entry in api["entries"](group)]
+    found = {
+        f"{path}.{name}": getattr(importlib.import_module(path), name) for path, names in entries for name in names
+    }
+    return {name: thing for name, thing in found.items() if callable(thing)}
+
+
+def test_every_public_callable_has_an_example(api: dict[str, Any]):
+    """In its docstring, in one of its methods', or in a block of a page that is run."""
+    on_pages = "".join(block for page in PAGES for block in blocks(page, "python"))
+
+    def has_example(name: str, thing: Any) -> bool:
+        members = vars(thing).items() if isinstance(thing, type) else ()
+        texts = [thing.__doc__, *(getattr(thing, key).__doc__ for key, _ in members if not key.startswith("_"))]
+        return any(">>>" in (text or "") for text in texts) or f"{name.rpartition('.')[2]}(" in on_pages
+
+    found = callables(api)
+    shown = {name: MADE_BY.get(name, name) for name in found}
+    assert not [name for name, there in shown.items() if not has_example(there, found[there])]
+
+
+def test_every_public_callable_tells_its_arguments_and_errors(api: dict[str, Any]):
+    missing: list[str] = []
+    for name, thing in callables(api).items():
+        if api["_is_nothing_to_call"](thing) or name == "vicinal.tuning.Finding":
+            continue
+        text = thing.__doc__ or ""
+        code = (
+            "" if ".strategies." in name else inspect.getsource(inspect.unwrap(thing))
+        )  # hypothesis has wrapped those
+        if isinstance(thing, type):
+            code = "".join(
+                re.findall(r"^    def __(?:post_)?init__.*?(?=^    def |\Z)", code, flags=re.DOTALL | re.MULTILINE)
+            )
+        raises = re.search(r"raise (InvalidProblem|Unsupported)", code)
+        if inspect.signature(thing).parameters and "Args:" not in text:
+            missing.append(f"{name}: Args")
+        if raises and "Raises" not in text:
+            missing.append(f"{name}: Raises")
+    assert not missing
 
 
 def test_variables_are_those_that_are_read():

@@ -183,6 +183,9 @@ def estimate_sigma(image: Any, *, channel_axis: int | None = None) -> float:
     a Haar wavelet), in which there is more noise than picture. Meant for Gaussian noise that differs from pixel to
     pixel; fine texture is taken for noise, so an estimate tends to be high. Channels are averaged.
 
+    Args:
+        image, channel_axis: as for `denoise`, of two pixels at least.
+
     Source: Donoho & Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrika 81, 1994.
 
     Example:

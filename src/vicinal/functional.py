@@ -341,6 +341,10 @@ def _natten(rank: int, example: str):
     `q_tile_shape` and `kv_tile_shape`, given together, are a `Tiling`. `attention_kwargs` and all
     after `kv_tile_shape` choose among NATTEN's own kernels; they are accepted and have no effect.
 
+    Args:
+        query, key, value, ...: as for `neighborhood_attention`, which has those of NATTEN's by the same names.
+        return_lse: whether to give the log-sum-exp, too.
+
     Returns:
         `out [B, *S, H, Dv]`, or `(out, lse)` if `return_lse`.
 

@@ -40,7 +40,11 @@ class Hardware:
     source: str
 
     def peak(self, dtype: str) -> float:
-        """Peak dense matrix FLOP/s in `dtype`."""
+        """Peak dense matrix FLOP/s in `dtype`.
+
+        Raises:
+            InvalidProblem: if none is known.
+        """
         rates = dict(self.flops_per_s)
         if dtype not in rates:
             raise InvalidProblem(f"no peak rate is known for {dtype} on {self.name}; known: {', '.join(rates)}")
@@ -49,6 +53,13 @@ class Hardware:
     @staticmethod
     def named(name: str) -> Hardware:
         """The record of that name.
+
+        Args:
+            name: h100-sxm, h100-pcie, h200, b200, a100-80gb, rtx-4090, mi300x or cpu. For others, construct one, or
+                change one with `dataclasses.replace`.
+
+        Raises:
+            InvalidProblem: if there is none of that name.
 
         Example:
             >>> Hardware.named("h100-sxm").arch

@@ -124,6 +124,15 @@ class Plan:
     """A problem's windows cut into tiles: a product of axis plans.
 
     Counts are per batch row and head, and leave additional keys out. Make one with `make_plan`.
+
+    Args:
+        problem, tiling: what is cut, and how.
+        axes: one plan per axis.
+
+    Example:
+        >>> plan = make_plan(Problem.grid((48, 40), kernel_size=24, stride=8), Tiling((8, 8), (8, 8)))
+        >>> plan.q_tiles, plan.visited, plan.masked, plan.is_block_sparse
+        (30, 270, 0, True)
     """
 
     problem: Problem

@@ -45,6 +45,10 @@ def draw_windows(problem: Problem, path: str | Path, *, queries: Sequence[tuple[
     Raises:
         InvalidProblem: if a query lies outside the grid, or the path has another suffix.
         Unsupported: if matplotlib is not installed.
+
+    Example:
+        >>> draw_windows(Problem.grid((12, 20), 5, stride=2), "windows.png").name
+        'windows.png'
     """
     chosen = _default_queries(problem.shape) if queries is None else [tuple(query) for query in queries]
     for query in chosen:
@@ -69,6 +73,14 @@ def draw_plan(plan: Plan, path: str | Path) -> Path:
 
     Returns:
         The path. The file is written whole or not at all.
+
+    Raises:
+        InvalidProblem, Unsupported: as `draw_windows`.
+
+    Example:
+        >>> from vicinal import Tiling, make_plan
+        >>> draw_plan(make_plan(Problem.grid((48, 40), 24), Tiling((8, 8), (8, 8))), "plan.svg").name
+        'plan.svg'
     """
 
     def draw(figure: Any) -> None:
@@ -101,6 +113,16 @@ def draw_speedups(estimates: Iterable[Estimate], path: str | Path) -> Path:
 
     Returns:
         The path. The file is written whole or not at all.
+
+    Raises:
+        InvalidProblem: if there are no estimates, or of several grids, or the path has another suffix.
+        Unsupported: if matplotlib is not installed.
+
+    Example:
+        >>> from vicinal import Hardware, Tiling
+        >>> from vicinal.suggest import sweep
+        >>> draw_speedups(sweep((64, 96), Hardware.named("h200"), Tiling((8, 8), (8, 8))), "speedups.png").name
+        'speedups.png'
     """
     best: dict[tuple[tuple[int, ...], tuple[int, ...]], Estimate] = {}
     for estimate in sorted(estimates, key=lambda estimate: estimate.speedup.worst_tile):
@@ -130,6 +152,12 @@ def draw_benchmark(table: str | Path, path: str | Path) -> Path:
 
     Raises:
         InvalidProblem: if the table cannot be read, lacks a column or holds no time.
+        Unsupported: if matplotlib is not installed.
+
+    Example:
+        >>> _ = Path("times.csv").write_text("case,backend,pass,milliseconds\\n64x64 w13,blocked,forward,1.5\\n")
+        >>> draw_benchmark("times.csv", "times.png").name
+        'times.png'
     """
     rows = read(Path(table))
     return save(path, partial(draw_times, rows=rows))

@@ -22,6 +22,13 @@ _SIZES = ("heads", "heads_kv", "head_dim", "head_dim_v")
 class Axis:
     """One axis of the grid and the window on it.
 
+    Args:
+        length: tokens.
+        kernel_size, stride, dilation, is_causal: as in `vicinal.window.window`.
+
+    Raises:
+        InvalidProblem: if a number is out of range, or the window does not fit.
+
     Example:
         >>> Axis(length=8, kernel_size=3).window(0)
         range(0, 3)
@@ -112,6 +119,9 @@ class Problem:
         scale: multiplies the scores.
         additional: number of additional keys that every query sees.
         position_bias: whether a table of `bias_shape` is added to the scores.
+
+    Raises:
+        InvalidProblem: naming the field, what was expected and what came.
     """
 
     axes: tuple[Axis, ...]

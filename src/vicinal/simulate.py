@@ -57,6 +57,14 @@ class Estimate:
         dense_time_s: the roofline of dense attention with tiles of the same shape.
         speedup: over dense attention.
         end_to_end: the same for the model around it; `None` unless attention's share was given.
+
+    Example:
+        >>> from vicinal.plan import make_plan
+        >>> from vicinal.tiling import Tiling
+        >>> plan = make_plan(Problem.grid((64, 96), 16, stride=8), Tiling((8, 8), (8, 8)))
+        >>> found = simulate(plan, Hardware.named("h100-sxm"))
+        >>> found.visited, found.masked, found.waste, found.speedup.worst_tile
+        (384, 0, 1.0, 24.0)
     """
 
     plan: Plan

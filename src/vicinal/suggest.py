@@ -33,6 +33,15 @@ class Suggestions(Sequence[Estimate]):
     """Estimates, best first. Behaves like a tuple and prints itself as a table.
 
     Each is an `Estimate`: `.problem` has the window and stride, `.plan.tiling` the tiles.
+
+    Args:
+        estimates: what was found.
+        wish: what was asked for, in words.
+
+    Example:
+        >>> best, *others = suggest((64, 96), Hardware.named("h100-sxm"), speedup=8, count=3)
+        >>> len(others), best.is_perfect
+        (2, True)
     """
 
     estimates: tuple[Estimate, ...]
@@ -329,6 +338,9 @@ def sweep(
         strides: by default 1, then the query tile's side on one axis after the other, the last axis first,
             then twice the query tile.
         fields: other fields of `Problem.grid`, such as `heads`.
+
+    Raises:
+        InvalidProblem: naming the argument, what was expected and what came.
 
     Example:
         >>> found = sweep((64, 96), Hardware.named("h100-sxm"), Tiling((8, 16), (8, 16)), kernel_sizes=[16, 32])

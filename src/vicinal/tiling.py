@@ -16,6 +16,9 @@ class Tiling:
         kv_origin: where KV tiles may begin. `"free"`: each query tile lays its KV tiles from the
             first key that it needs. `"grid"`: at multiples of `kv_tile`, shared by all query tiles.
 
+    Raises:
+        InvalidProblem: naming the argument, what was expected and what came.
+
     Example:
         >>> Tiling((8, 8), (8, 16)).kv_origin
         'free'

@@ -16,15 +16,28 @@ from vicinal.tiling import Tiling
 
 
 class Inputs(NamedTuple):
-    """The tensors of a problem, heads last; `None` where there are no additional keys, or no bias."""
+    """The tensors of a problem, heads last; `None` where there are no additional keys, or no bias.
 
-    query: Tensor  # [B, *S, H, D]
-    key: Tensor  # [B, *S, Hkv, D]
-    value: Tensor  # [B, *S, Hkv, Dv]
-    additional_keys: Tensor | None = None  # [B, M, Hkv, D]
-    additional_values: Tensor | None = None  # [B, M, Hkv, Dv]
-    additional_lengths: Tensor | None = None  # [B], integers; how many of the M count
-    position_bias: Tensor | None = None  # [H, 2 * k - 1, ...], added to scaled scores, maybe of 32 bits beside 16
+    Args:
+        query: `[B, *S, H, D]`.
+        key, value: `[B, *S, Hkv, D]` and `[B, *S, Hkv, Dv]`.
+        additional_keys, additional_values: `[B, M, Hkv, D]` and `[B, M, Hkv, Dv]`.
+        additional_lengths: integers `[B]`, how many of the `M` count.
+        position_bias: `[H, 2 * k - 1, ...]`, added to scaled scores, maybe of 32 bits beside 16.
+
+    Example:
+        >>> import torch
+        >>> print(Inputs(*torch.zeros(3, 1, 8, 12, 2, 16)).problem({"kernel_size": 3}))
+        8x12 grid, window 3x3
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    additional_lengths: Tensor | None = None
+    position_bias: Tensor | None = None
 
     def problem(self, settings: dict[str, Any]) -> Problem:
         """What is asked of these tensors, or of whatever else was passed for them.
@@ -56,15 +69,23 @@ def unpacked(query: Any, key: Tensor | None, value: Tensor | None, *extra: Tenso
 
 
 class Output(NamedTuple):
-    """What attention gives: `out [B, *S, H, Dv]` in the dtype of the inputs, and the natural log-sum-exp
-    of the scaled scores, `lse [B, *S, H]` in float32 (float64 for float64)."""
+    """What attention gives.
+
+    Args:
+        out: `[B, *S, H, Dv]` in the dtype of the inputs.
+        lse: `[B, *S, H]`, the natural log-sum-exp of the scaled scores, in float32 (float64 for float64).
+    """
 
     out: Tensor
     lse: Tensor
 
 
 class Gradients(NamedTuple):
-    """One per tensor of `Inputs` that has a gradient, in its dtype; contiguous where nobody wanted it elsewhere."""
+    """One per tensor of `Inputs` that has a gradient, in its dtype; contiguous where nobody wanted it elsewhere.
+
+    Args:
+        query, key, value, additional_keys, additional_values, position_bias: each like the tensor of that name.
+    """
 
     query: Tensor
     key: Tensor
@@ -97,6 +118,21 @@ class Backend(Protocol):
 
     `why_not` and `why_not_gradients` are pure and gather *all* reasons; an empty tuple means that
     `forward`, or `backward`, will run. Outputs are contiguous. Both must compute strided inputs right.
+
+    Example:
+        >>> import torch
+        >>> from vicinal import Hardware, make_plan
+        >>> from vicinal.backends import reference
+        >>> inputs, here = Inputs(*torch.zeros(3, 1, 8, 12, 2, 16)), Hardware.named("cpu")
+        >>> backend, problem = reference.backend, inputs.problem({"kernel_size": 3})
+        >>> backend.why_not(problem, here)
+        ()
+        >>> output = backend.forward(make_plan(problem, next(iter(backend.tilings(problem, here)))), inputs)
+        >>> output.lse[0, 0, 0, 0].exp().item()  # nine scores of 0
+        9.0
+        >>> gradients = backend.backward(make_plan(problem, Tiling((8, 12), (8, 12))), inputs, output, output.out, None)
+        >>> gradients.query.shape
+        torch.Size([1, 8, 12, 2, 16])
     """
 
     @property

@@ -66,6 +66,9 @@ class Window:
     def on(self, grid: tuple[int, ...]) -> Setting | None:
         """This window in tokens, or `None` if every query sees the whole grid anyway.
 
+        Args:
+            grid: tokens per axis.
+
         Raises:
             InvalidProblem: if it has another number of axes, or does not fit.
         """

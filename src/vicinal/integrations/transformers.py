@@ -133,9 +133,17 @@ def windowed(
     Args:
         query, key, value: `[B, H, L, D]`, `[B, Hkv, L, D]`, `[B, Hkv, L, Dv]`.
         valid: which tokens are no padding, bools `[B, L]`.
+        window: tokens seen, the query itself counted.
+        scale: multiplies the scores; `None` is `D ** -0.5`.
 
     Returns:
         `[B, L, H, Dv]`. What queries of padding get is finite, and of no meaning.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 4, 10, 16)  # heads before tokens
+        >>> valid = torch.arange(10)[None] >= 3  # three tokens of padding at the left
+        >>> windowed(query, key, value, valid, window=4).shape
+        torch.Size([1, 10, 4, 16])
     """
     length, place = query.shape[2], torch.arange(query.shape[2], device=query.device)
     first = valid.int().argmax(1, keepdim=True)

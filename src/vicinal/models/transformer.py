@@ -28,6 +28,9 @@ class Architecture:
         layer_scale: what residual branches are multiplied by at first, `None` for nothing.
         drop_path_rate: stochastic depth of the last block, growing from 0; for training.
         img_size: pixels of the images that it was published for; it takes any.
+
+    Raises:
+        InvalidProblem: if they do not fit each other.
     """
 
     embed_dim: int
@@ -155,7 +158,11 @@ class NeighborhoodTransformer(nn.Module):
         self.apply(_init)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for `num_classes`, none for 0."""
+        """A fresh classifier for `num_classes`, none for 0.
+
+        Raises:
+            InvalidProblem: if `num_classes` is negative, or `global_pool` neither "avg" nor "".
+        """
         if global_pool is not None:
             if global_pool not in ("avg", ""):
                 raise InvalidProblem(f"global_pool must be 'avg', or '' for the map, got {global_pool!r}")
@@ -171,6 +178,7 @@ class NeighborhoodTransformer(nn.Module):
         return [level for level in self.levels if isinstance(level, Level)]
 
     def get_classifier(self) -> nn.Module:
+        """The classifier: a linear layer, or the identity if there is none."""
         return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -209,6 +217,9 @@ class NeighborhoodTransformer(nn.Module):
 
         Returns:
             `(final, maps)`, or `maps`.
+
+        Raises:
+            InvalidProblem: if there are no such levels, or no such format.
         """
         wanted, count = self._wanted(indices), len(self.levels)
         if output_fmt not in ("NCHW", "NHWC"):
@@ -228,7 +239,11 @@ class NeighborhoodTransformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what `forward_intermediates` of these levels does not need."""
+        """Drop what `forward_intermediates` of these levels does not need.
+
+        Raises:
+            InvalidProblem: if there are no such levels.
+        """
         kept = self._wanted(indices)
         self.levels = self.levels[: max(kept) + 1]
         self.norm = nn.Identity() if prune_norm else self.norm
@@ -259,6 +274,7 @@ class NeighborhoodTransformer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
 
 

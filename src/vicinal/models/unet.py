@@ -40,6 +40,14 @@ class UShape:
 
     Raises:
         InvalidProblem: if they do not fit each other.
+
+    Example:
+        >>> video = UShape(
+        ...     in_chans=3, out_chans=3, patch=(1, 2, 2), halved=(1, 2, 2), embed_dim=32, depths=(2, 2), head_dim=16,
+        ...     mlp_ratio=2.0, kernel_size=(3, 5, 5), is_causal=(True, False, False),
+        ... )
+        >>> video.rank
+        3
     """
 
     in_chans: int
@@ -207,6 +215,11 @@ class UNet(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[B, in_chans, *S]` to `[B, out_chans, *S]`.
+
+        Raises:
+            InvalidProblem: if `x` has another rank or other channels.
+        """
         a = self.shape
         if x.ndim != a.rank + 2 or x.shape[1] != a.in_chans:
             raise InvalidProblem(

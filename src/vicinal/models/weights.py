@@ -58,6 +58,10 @@ def from_huggingface(state: Mapping[str, Tensor]) -> State:
 
     Raises:
         InvalidProblem: naming a parameter that these models do not have.
+
+    Example:
+        >>> list(from_huggingface({"dinat.layernorm.weight": torch.ones(4), "classifier.bias": torch.zeros(9)}))
+        ['norm.weight', 'head.bias']
     """
     theirs = {name.removeprefix("dinat."): tensor for name, tensor in state.items()}
     is_backbone = any(name.startswith("hidden_states_norms.") for name in theirs)
@@ -90,6 +94,10 @@ def to_huggingface(state: Mapping[str, Tensor]) -> State:
 
     Raises:
         InvalidProblem: naming a parameter that these models do not have.
+
+    Example:
+        >>> list(to_huggingface({"norm.weight": torch.ones(4), "head.bias": torch.zeros(9)}))
+        ['dinat.layernorm.weight', 'classifier.bias']
     """
     is_backbone = any(name.startswith("norms.") for name in state)
     theirs: State = {}
@@ -116,6 +124,16 @@ def from_official(checkpoint: Mapping[str, Any]) -> State:
 
     NAT's and DiNAT's names are ours. DiNAT_s has `layers` for our `levels`; isotropic models have blocks in
     `layers` directly. A checkpoint of a training run may hold its weights under `state_dict` or `model`.
+
+    Args:
+        checkpoint: what `torch.load` gives.
+
+    Returns:
+        What `NeighborhoodTransformer.load_state_dict` takes.
+
+    Example:
+        >>> list(from_official({"model": {"layers.0.blocks.1.attn.rpb": torch.zeros(2, 13, 13)}}))
+        ['levels.0.blocks.1.attn.rpb']
     """
     state: Mapping[str, Any] = checkpoint
     for key in ("state_dict", "model"):
@@ -127,7 +145,17 @@ def from_official(checkpoint: Mapping[str, Any]) -> State:
 
 
 def to_official(state: Mapping[str, Tensor], architecture: Architecture) -> State:
-    """Our weights named as in the official checkpoints of that architecture."""
+    """Our weights named as in the official checkpoints of that architecture.
+
+    Args:
+        state: of a `NeighborhoodTransformer`.
+        architecture: whose names differ: DiNAT_s, isotropic models, or all others.
+
+    Example:
+        >>> from vicinal.models import ARCHITECTURES
+        >>> list(to_official({"levels.0.blocks.1.attn.rpb": torch.zeros(3, 13, 13)}, ARCHITECTURES["dinat_s_tiny"]))
+        ['layers.0.blocks.1.attn.rpb']
+    """
     if architecture.tokens == "conv":
         return dict(state)
     first = "levels.0.blocks." if len(architecture.depths) == 1 else "levels."
@@ -137,8 +165,15 @@ def to_official(state: Mapping[str, Tensor], architecture: Architecture) -> Stat
 def architecture_of(config: Any) -> Architecture:
     """The architecture that a Hugging Face `DinatConfig` describes.
 
+    Args:
+        config: a `DinatConfig`, or whatever has its attributes.
+
     Raises:
         InvalidProblem: if it asks for what these models do not have: another activation, or other normalisation.
+
+    Example:
+        >>> architecture_of(transformers.DinatConfig()).depths  # doctest: +SKIP
+        (3, 4, 6, 5)
     """
     for name, wanted in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("patch_size", 4), ("qkv_bias", True)):
         if getattr(config, name) != wanted:

@@ -102,7 +102,11 @@ class NeighborhoodAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, *S, C]` to `[B, *S, C]`."""
+        """`[B, *S, C]` to `[B, *S, C]`.
+
+        Raises:
+            InvalidProblem: if `x` has another rank or other channels.
+        """
         if x.ndim != self.rank + 2 or x.shape[-1] != self.qkv.in_features:
             raise InvalidProblem(
                 f"x must be [B, *S, C] with {self.rank} spatial axes and C = {self.qkv.in_features}, "
@@ -157,21 +161,46 @@ class NeighborhoodAttention(nn.Module):
 
 
 class NeighborhoodAttention1D(NeighborhoodAttention):
-    """`NeighborhoodAttention` on sequences `[B, L, C]`."""
+    """`NeighborhoodAttention` on sequences `[B, L, C]`.
+
+    Args:
+        embed_dim, num_heads, kernel_size, ...: as for `NeighborhoodAttention`, without `rank`.
+
+    Example:
+        >>> NeighborhoodAttention1D(32, num_heads=4, kernel_size=7, is_causal=True)(torch.randn(2, 50, 32)).shape
+        torch.Size([2, 50, 32])
+    """
 
     def __init__(self, embed_dim: int, num_heads: int, kernel_size: Each[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(embed_dim, num_heads, kernel_size, *args, rank=1, **kwargs)
 
 
 class NeighborhoodAttention2D(NeighborhoodAttention):
-    """`NeighborhoodAttention` on images `[B, H, W, C]`."""
+    """`NeighborhoodAttention` on images `[B, H, W, C]`.
+
+    Args:
+        embed_dim, num_heads, kernel_size, ...: as for `NeighborhoodAttention`, without `rank`.
+
+    Example:
+        >>> NeighborhoodAttention2D(32, num_heads=4, kernel_size=7, dilation=2)(torch.randn(2, 14, 18, 32)).shape
+        torch.Size([2, 14, 18, 32])
+    """
 
     def __init__(self, embed_dim: int, num_heads: int, kernel_size: Each[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(embed_dim, num_heads, kernel_size, *args, rank=2, **kwargs)
 
 
 class NeighborhoodAttention3D(NeighborhoodAttention):
-    """`NeighborhoodAttention` on videos and volumes `[B, T, H, W, C]`."""
+    """`NeighborhoodAttention` on videos and volumes `[B, T, H, W, C]`.
+
+    Args:
+        embed_dim, num_heads, kernel_size, ...: as for `NeighborhoodAttention`, without `rank`.
+
+    Example:
+        >>> layer = NeighborhoodAttention3D(32, num_heads=4, kernel_size=(2, 3, 5), is_causal=(True, False, False))
+        >>> layer(torch.randn(1, 4, 6, 10, 32)).shape
+        torch.Size([1, 4, 6, 10, 32])
+    """
 
     def __init__(self, embed_dim: int, num_heads: int, kernel_size: Each[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(embed_dim, num_heads, kernel_size, *args, rank=3, **kwargs)

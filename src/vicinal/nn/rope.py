@@ -53,7 +53,11 @@ class Rotary(nn.Module):
         self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn `[B, *S, H, D]`; the result has the same shape and dtype. Angles are float32 (float64 for float64)."""
+        """Turn `[B, *S, H, D]`; the result has the same shape and dtype. Angles are float32 (float64 for float64).
+
+        Raises:
+            InvalidProblem: if `x` has another rank or head dim.
+        """
         if x.ndim != len(self.axes_dim) + 3 or x.shape[-1] != sum(self.axes_dim):
             raise InvalidProblem(
                 f"x must be [B, *S, H, D] with {len(self.axes_dim)} spatial axes and D = {sum(self.axes_dim)}, "

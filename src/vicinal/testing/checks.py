@@ -42,6 +42,16 @@ class Law:
 
     Calling it, `law(backend, device="cpu")`, raises `AssertionError` with a problem and a seed where the
     sentence is false, and also where the backend refused every problem, since nothing was shown then.
+
+    Args:
+        check: what must not raise for any `Trial`; its name is the sentence.
+        problems: those tried, each in dtypes and with riders that the backend takes.
+        most: variants of a problem, at most.
+
+    Example:
+        >>> from vicinal.backends import blocked
+        >>> LAWS[-2].name, LAWS[-2](blocked.backend).ran > 0
+        ('an_empty_batch_is_answered', True)
     """
 
     check: Callable[[Trial], None]
@@ -129,7 +139,15 @@ LAWS: tuple[Law, ...] = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One law's verdict on one backend."""
+    """One law's verdict on one backend. Prints itself.
+
+    Args:
+        law: which.
+        error: what broke it; empty if it holds.
+        ran: problems that it was tried on.
+        skipped: why others were not.
+        time_s: how long it took.
+    """
 
     law: Law
     error: str
@@ -150,7 +168,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Every law's verdict on one backend. Printing it tells the whole story."""
+    """Every law's verdict on one backend. Printing it tells the whole story.
+
+    Args:
+        backend, device: by name.
+        findings: one per law.
+    """
 
     backend: str
     device: str

@@ -17,7 +17,19 @@ from vicinal.tiling import Tiling
 
 @st.composite
 def axes(draw: st.DrawFn, *, most: int = 40, length: int | None = None) -> Axis:
-    """One axis of at most `most` tokens (or of `length`) and a valid window on it."""
+    """One axis of at most `most` tokens (or of `length`) and a valid window on it.
+
+    Args:
+        most: tokens, at most.
+        length: tokens, exactly.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(axes(most=20))
+        ... def every_query_sees_itself(axis):
+        ...     assert all(query in axis.window(query) for query in range(axis.length))
+        >>> every_query_sees_itself()
+    """
     if length is None:
         length = draw(near_multiples(most))
     dilation = draw(st.one_of(st.just(1), st.integers(1, min(length, 6))))
@@ -37,7 +49,19 @@ def near_multiples(most: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def grids(draw: st.DrawFn, *, rank: int | None = None, most_tokens: int = 400) -> tuple[Axis, ...]:
-    """1 to 3 axes with windows, lengths pairwise different, not more tokens than `most_tokens`."""
+    """1 to 3 axes with windows, lengths pairwise different, not more tokens than `most_tokens`.
+
+    Args:
+        rank: how many axes; drawn, too, by default.
+        most_tokens: of the grid.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(grids(rank=2))
+        ... def grids_are_no_squares(axes):
+        ...     assert axes[0].length != axes[1].length
+        >>> grids_are_no_squares()
+    """
     if rank is None:
         rank = draw(st.integers(1, 3))
     chosen: list[Axis] = []
@@ -62,7 +86,20 @@ def problems(
     additional: bool = True,
     position_bias: bool = True,
 ) -> Problem:
-    """Any problem: grouped heads, values of another width, additional keys, position bias, scales of all signs."""
+    """Any problem: grouped heads, values of another width, additional keys, position bias, scales of all signs.
+
+    Args:
+        rank, most_tokens: as for `grids`.
+        dtypes: by name, those to draw from.
+        additional, position_bias: whether to draw problems with them, too.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(problems(dtypes=("float32",)))
+        ... def windows_hold_what_they_should(problem):
+        ...     assert problem.pairs <= problem.tokens**2
+        >>> windows_hold_what_they_should()
+    """
     heads_kv = draw(st.integers(1, 3))
     head_dim, head_dim_v = draw(st.lists(st.integers(1, 20), min_size=2, max_size=2))
     return Problem(
@@ -81,7 +118,19 @@ def problems(
 
 @st.composite
 def tilings(draw: st.DrawFn, shape: tuple[int, ...], *, smallest: int = 1) -> Tiling:
-    """Any tiling of a grid of that shape, tiles larger than the grid among them."""
+    """Any tiling of a grid of that shape, tiles larger than the grid among them.
+
+    Args:
+        shape: tokens per axis.
+        smallest: tokens of a tile's side, at least.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(tilings((9, 14)))
+        ... def tilings_are_of_the_same_rank(tiling):
+        ...     assert len(tiling.q_tile) == len(tiling.kv_tile) == 2
+        >>> tilings_are_of_the_same_rank()
+    """
 
     def tile(length: int) -> Any:
         usual = st.sampled_from([n for n in (1, 2, 3, 4, 8, 16, length, length + 3) if n >= smallest])

@@ -71,8 +71,13 @@ def sparsify(
             untouched in each case.
 
     Example:
-        >>> from diffusers import WanTransformer3DModel  # doctest: +SKIP
-        >>> handle = sparsify(WanTransformer3DModel(num_layers=2), kernel_size=(-1, 0.5, 0.5))  # doctest: +SKIP
+        >>> from vicinal.integrations.diffusers.zoo import specimen
+        >>> wan = specimen("wan-14b")
+        >>> model = wan.build(tiny=True)
+        >>> with sparsify(model, kernel_size=(-1, 0.5, 0.5)) as handle, torch.no_grad():
+        ...     video = model(**wan.arguments(model, grid=(4, 6, 8), tiny=True)).sample
+        >>> print(handle)
+        WanTransformer3DModel, 3 layers with windows, 4x6x8 tokens at step 0, removed
     """
     require_diffusers()
     from vicinal.integrations.diffusers.families import family_of
@@ -147,6 +152,9 @@ def require_diffusers() -> None:
 
     Raises:
         Unsupported: if not.
+
+    Example:
+        >>> require_diffusers()
     """
     try:
         found = version("diffusers")

@@ -28,6 +28,14 @@ class LTX2DecoderProcessor:
 
     Args:
         backend: insist on one of ours by name, see `vicinal.explain`.
+
+    Example:
+        >>> from vicinal.integrations.diffusers.zoo import specimen
+        >>> found = specimen("ltx2-decoder")
+        >>> decoder = found.build(tiny=True)
+        >>> decoder.set_attn_processor(LTX2DecoderProcessor())
+        >>> {type(each).__name__ for each in decoder.attn_processors.values()}
+        {'LTX2DecoderProcessor'}
     """
 
     def __init__(self, backend: str | None = None) -> None:

@@ -28,6 +28,26 @@ class Sparsified:
 
     Steps are counted by the timestep: while it stays the same (guidance calls a model twice a step) it is
     the same step, where it falls the next one, and where it rises a new run has begun.
+
+    Args:
+        model: changed in place, until `remove()`.
+        rule: the window of each layer at each step.
+        grid: tokens per axis, for calls that do not say it themselves.
+
+    Raises:
+        InvalidProblem, Unsupported: as `sparsify`.
+
+    Example:
+        >>> from vicinal.integrations.diffusers.zoo import specimen
+        >>> flux = specimen("flux")
+        >>> model = flux.build(tiny=True)
+        >>> handle = Sparsified(model, lambda layer, step: Window(5) if layer else None)
+        >>> _ = model(**flux.arguments(model, grid=(9, 14), tiny=True))
+        >>> [setting and setting.kernel_size for setting in handle.settings]
+        [None, (5, 5), (5, 5), (5, 5)]
+        >>> handle.remove()
+        >>> print(handle)
+        FluxTransformer2DModel, 4 layers with windows, 9x14 tokens at step 0, removed
     """
 
     def __init__(self, model: nn.Module, rule: Rule, grid: tuple[int, ...] | None = None) -> None:

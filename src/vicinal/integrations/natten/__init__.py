@@ -116,7 +116,14 @@ def install(*, replace: bool = False) -> None:
 
 
 def uninstall() -> None:
-    """Undo `install`. Code that has imported our names keeps them."""
+    """Undo `install`. Code that has imported our names keeps them.
+
+    Example:
+        >>> install()
+        >>> uninstall()
+        >>> importlib.util.find_spec("natten") is None
+        True
+    """
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
         _forget()

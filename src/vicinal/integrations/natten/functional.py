@@ -111,6 +111,14 @@ def _before_names(rank: int) -> tuple[Callable[..., Tensor], Callable[..., Tenso
     def weighted(attn: Tensor, value: Tensor, kernel_size: Any, dilation: Any = 1) -> Tensor:
         return av(attn, value, kernel_size, dilation)
 
+    words = "up to 0.17, heads first: `[B, H, *S, D]`"
+    for function, name, what in (
+        (qkrpb, f"natten{rank}dqkrpb", "Scores with position bias"),
+        (plain, f"natten{rank}dqk", "Scores"),
+        (weighted, f"natten{rank}dav", "Sums of values by weights"),
+    ):
+        function.__name__ = function.__qualname__ = name
+        function.__doc__ = f"""{what} on {rank}-D grids, by the name of NATTEN {words}."""
     return qkrpb, plain, weighted
 
 

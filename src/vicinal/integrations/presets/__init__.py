@@ -30,6 +30,11 @@ class Preset:
         windows: one per layer, `None` where it is dense.
         dense_steps: how many steps stay dense at first, out of `steps`.
         steps: denoising steps of the published setting.
+
+    Example:
+        >>> found = load_preset("hunyuan-video")
+        >>> found.base, found.dense_steps, found.steps
+        ((30, 48, 80), 15, 50)
     """
 
     name: str
@@ -54,6 +59,9 @@ def preset_names() -> tuple[str, ...]:
 
 def load_preset(name: str) -> Preset:
     """A preset by name.
+
+    Args:
+        name: one of `preset_names()`.
 
     Raises:
         InvalidProblem: if there is none of that name.
