@@ -5,9 +5,9 @@ Cases come in the order of what they tell; none is begun when the seconds are ov
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
-import sys
 import time
 import traceback
 from typing import Any
@@ -52,12 +52,21 @@ def check() -> None:
     assert difference < felt / 3
 
 
-def main(table: str, seconds: float = 1e9, *numbers: float) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", help="a CSV to append to")
+    parser.add_argument("seconds", nargs="?", type=float, default=1e9, help="no case is begun after that many")
+    parser.add_argument("cases", nargs="*", type=int, help=f"only these, by number from 0 to {len(CASES) - 1}")
+    asked = parser.parse_args()
+    if not set(asked.cases) <= set(range(len(CASES))):
+        parser.error(f"cases must be numbers from 0 to {len(CASES) - 1}, got {asked.cases}")
+    if not torch.cuda.is_available():
+        parser.error("these models need a GPU; vicinal e2e MODEL --tiny runs anywhere")
     begin = time.perf_counter()
-    if not numbers:
+    if not asked.cases:
         check()
-    for case in [CASES[int(n)] for n in numbers] or CASES:
-        if time.perf_counter() - begin > seconds:
+    for case in [CASES[number] for number in asked.cases] or CASES:
+        if time.perf_counter() - begin > asked.seconds:
             print(f"no time for {case}")
             continue
         try:
@@ -66,11 +75,11 @@ def main(table: str, seconds: float = 1e9, *numbers: float) -> None:
             traceback.print_exc()
             result = None
         if result is not None:
-            save(table, [result])
+            save(asked.table, [result])
             print(f"{result}\n({time.perf_counter() - begin:.0f} s so far)\n", flush=True)
         gc.collect()
         torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(float, sys.argv[2:]))
+    main()

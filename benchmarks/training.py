@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,4 +44,7 @@ def main(folder: str, figure: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="of the runs' CSV files")
+    parser.add_argument("figure", help="PNG or SVG to write")
+    main(**vars(parser.parse_args()))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,4 +54,7 @@ def main(table: str, figure: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", help="the CSV that vision.py wrote")
+    parser.add_argument("figure", help="PNG or SVG to write")
+    main(**vars(parser.parse_args()))

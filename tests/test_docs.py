@@ -15,7 +15,7 @@ import typer
 
 ROOT = Path(__file__).parents[1]
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"]
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -114,6 +114,11 @@ def test_the_index_lists_every_page():
     there = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")} - {"README.md"}
     assert there == {path for path in listed if not path.startswith("..")}
     assert "](docs/README.md)" in (ROOT / "README.md").read_text()
+
+
+def test_the_page_of_benchmarks_lists_every_script():
+    listed = set(re.findall(r"\]\((\w+\.py)\)", (ROOT / "benchmarks/README.md").read_text()))
+    assert listed == {path.name for path in ROOT.glob("benchmarks/*.py")}
 
 
 @pytest.fixture(scope="module")
