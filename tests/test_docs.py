@@ -196,6 +196,21 @@ def test_every_public_callable_tells_its_arguments_and_errors(api: dict[str, Any
     assert not missing
 
 
+def test_presets_and_models_are_those_that_there_are():
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -r requirements-models.txt")
+    from vicinal.integrations.diffusers.zoo import ZOO
+    from vicinal.integrations.presets import load_preset, preset_names
+
+    text = (ROOT / "docs/generative.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` .* \| (\d+) of (\d+) \|", text, flags=re.MULTILINE)
+    found = {name: load_preset(name) for name in preset_names()}
+    assert {(name, int(dense), int(steps)) for name, dense, steps in rows} == {
+        (name, preset.dense_steps, preset.steps) for name, preset in found.items()
+    }
+    (words,) = re.findall(r"dense and with windows: (.*?)\. With `--tiny`", text, flags=re.DOTALL)
+    assert re.findall(r"`([^`]+)`", words) == list(ZOO)
+
+
 def test_variables_are_those_that_are_read():
     """The page of variables names each one that the code asks for, and none of ours that nothing asks for."""
     code = {

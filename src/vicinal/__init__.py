@@ -1,4 +1,11 @@
-"""Neighborhood attention on 1-D, 2-D and 3-D grids: meaning, plan, prediction, kernels."""
+"""Neighborhood attention on 1-D, 2-D and 3-D grids: meaning, plan, prediction, kernels.
+
+    out = vicinal.neighborhood_attention(query, key, value, kernel_size=7)   tensors [B, *S, H, D]
+    vicinal.explain(vicinal.Problem.of(query, key, value, kernel_size=7))    which backend runs it, and why
+
+Layers are in `vicinal.nn`, models in `vicinal.models`, drop-ins for other libraries in `vicinal.integrations`, the laws
+that backends obey in `vicinal.testing`. On the command line: `vicinal --help`.
+"""
 
 from vicinal import nn as nn  # as torch.nn: a namespace that is there at once
 from vicinal.backends import explain
