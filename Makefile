@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 MODELS := .venv/.models
 
-.PHONY: demo test check lint types unit timm bench clean
+.PHONY: demo test lint types unit docs timm bench clean
 
 demo: $(READY)
 	mkdir -p out
@@ -23,6 +23,10 @@ types: $(MODELS)
 # One thread a worker: with more, two workers on two cores spend their time waiting for each other.
 unit: $(MODELS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+# The page of public names, from the docstrings.
+docs: $(MODELS)
+	$(BIN)/python docs/api.py
 
 # timm's models need torchvision, which needs a torch of its own: an environment apart, several gigabytes.
 timm: .venv-timm/.ready

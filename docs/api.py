@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the docstrings: `python docs/api.py`. A test fails where the page is not what this writes."""
+"""Writes docs/api.md from the docstrings: `make docs`. A test fails where the page is not what this writes."""
 
 from __future__ import annotations
 
@@ -202,11 +202,8 @@ def _default(thing: Any, value: Any) -> str:
 def _first_lines(text: str | None) -> list[str]:
     """What comes before arguments, results, errors and examples."""
     assert text, "a public name has no docstring"
-    return (
-        re.split(r"^(?:Args|Returns|Raises|Warns|Example|Source|Tried with)\b", text, flags=re.MULTILINE)[0]
-        .rstrip()
-        .split("\n")
-    )
+    sections = r"^(?:Args|Returns|Raises|Warns|Example|Source|Tried with)\b"
+    return re.split(sections, text, flags=re.MULTILINE)[0].rstrip().split("\n")
 
 
 def _members(thing: Any) -> list[str]:

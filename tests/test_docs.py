@@ -131,7 +131,7 @@ def api() -> dict[str, Any]:
 
 def test_the_page_of_public_names_is_what_its_script_writes(api: dict[str, Any]):
     written = (ROOT / "docs/api.md").read_text()
-    assert written == api["page"](), "a public signature or docstring has changed; run: python docs/api.py"
+    assert written == api["page"](), "a public signature or docstring has changed; run: make docs"
 
 
 @pytest.mark.parametrize("package", ["", ".nn", ".models", ".train", ".testing", ".integrations.diffusers"])
