@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicinal import tuning
+from vicinal import backends, tuning
 from vicinal._tuples import times
 from vicinal.backends import hopper
 from vicinal.backends.base import Output
 from vicinal.backends.hopper import backward, cost, cost_backward
+from vicinal.bench import specs
 from vicinal.bench.results import append_rows, today
+from vicinal.hardware import Hardware
 from vicinal.plan import make_plan
 from vicinal.problem import Problem
 from vicinal.tiling import Tiling
@@ -215,6 +217,11 @@ def fit(tables: list[Path]) -> None:
         print(f"{spread:.1%} off")
 
 
+def is_ours(problem: Problem, hardware: Hardware, gradients: bool) -> bool:
+    why_not = hopper.backend.why_not_gradients if gradients else hopper.backend.why_not
+    return not why_not(problem, hardware)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -222,6 +229,7 @@ def main() -> None:
     measured.add_argument("table", type=Path)
     measured.add_argument("--gradients", action="store_true", help="of keys and queries, instead of the forward pass")
     measured.add_argument("--windows", nargs="+", default=list(WINDOWS), choices=list(WINDOWS))
+    measured.add_argument("--suite", action="append", default=[], help="of `vicinal bench`, besides; may be repeated")
     measured.add_argument("--head-dims", nargs="+", type=int, default=[32, 64, 128, 256])
     measured.add_argument("--jobs", type=int, default=14, help="processes that compile")
     measured.add_argument("--repeats", type=int, default=7)
@@ -236,8 +244,10 @@ def main() -> None:
         Problem.grid(**WINDOWS[name], heads=8, head_dim=head_dim, dtype="bfloat16")
         for head_dim in asked.head_dims
         for name in asked.windows
-        if not asked.gradients or head_dim in cost_backward.HEAD_DIMS
     ]
+    problems += [spec.problem for suite in asked.suite for spec in specs.suite(suite)]
+    hardware = backends.present(torch.device("cuda"))
+    problems = [problem for problem in dict.fromkeys(problems) if is_ours(problem, hardware, asked.gradients)]
     measure(asked.table, problems, passes, asked.jobs, asked.repeats)
 
 
