@@ -6,6 +6,7 @@ import csv
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -109,21 +110,23 @@ def test_rates_are_those_of_their_table() -> None:
     found = [(problem_of(row), Tiling(*map(numbers, (row["q_tile"], row["kv_tile"])))) for row in rows]
     for (problem, _), row in zip(found, rows, strict=True):
         best[problem] = min(best[problem], float(row["milliseconds"]))
-    off, late = list[float](), dict[str, float]()
+    off, late = defaultdict[object, list[float]](list), dict[str, float]()
     for (problem, tiling), row in zip(found, rows, strict=True):
         ms = float(row["milliseconds"])
         if ms < 1.2 * best[problem]:
-            off.append(abs((predicted(problem, tiling) + COLD - LAUNCH) / ms - 1))
+            kind = problem.head_dim, prod(tiling.q_tile), prod(tiling.kv_tile)
+            off[kind].append(abs((predicted(problem, tiling) + COLD - LAUNCH) / ms - 1))
         if tiling == ranked_tilings(problem)[0]:
             late[f"{problem}, heads of {problem.head_dim}"] = ms / best[problem] - 1
     assert len(best) == 58 and len(late) > 0.8 * len(best)
-    assert median(off) < 0.035 and sum(share < 0.1 for share in off) > 0.9 * len(off)
+    assert {kind: median(shares) for kind, shares in off.items() if median(shares) > 0.05} == {}
+    assert sum(share > 0.1 for shares in off.values() for share in shares) < 0.1 * sum(map(len, off.values()))
     assert sum(share > 0.05 for share in late.values()) <= 1, late  # heads of 256 with a window of 7x7: 12%
 
 
 def test_rates_of_gradients_are_those_of_their_table() -> None:
     best: dict[tuple[Problem, str], float] = defaultdict(lambda: float("inf"))
-    off, late = list[float](), dict[str, float]()
+    off, late = defaultdict[object, list[float]](list), dict[str, float]()
     rows = rows_of("gradient-rates.csv")
     for row in rows:
         key = problem_of(row), row["pass"]
@@ -132,11 +135,13 @@ def test_rates_of_gradients_are_those_of_their_table() -> None:
         problem, ms = problem_of(row), float(row["milliseconds"])
         ranked, cut = ranked_cuts(row["pass"], problem, 10_000), (row["row_tile"], row["stack"], row["box"])
         alike = [each for each in ranked if named(each.variant) == cut]
-        off.append(abs((alike[0].milliseconds + COLD) / ms - 1))
+        kind = row["pass"], problem.head_dim, alike[0].variant.consumers, prod(alike[0].variant.kv_box)
+        off[kind].append(abs((alike[0].milliseconds + COLD) / ms - 1))
         if alike[0] == ranked[0]:
             late[f"{problem}, heads of {problem.head_dim}, {row['pass']}"] = ms / best[problem, row["pass"]] - 1
     assert len(late) > 0.7 * len(best)
-    assert median(off) < 0.04 and sum(share < 0.1 for share in off) > 0.85 * len(off)
+    assert {kind: median(shares) for kind, shares in off.items() if median(shares) > 0.05} == {}
+    assert sum(share > 0.1 for shares in off.values() for share in shares) < 0.15 * sum(map(len, off.values()))
     assert not {name: share for name, share in late.items() if share > 0.05}
 
 
