@@ -209,10 +209,11 @@ def _paying_strides(length: int, window: int, q_tile: int, kv_tile: int, kv_orig
     tiles, fewest, least = ceil_div(length, kv_tile), length + 1, ceil_div(window, kv_tile)
     choices: list[_Choice] = []
     for stride in _strides(window, q_tile):
-        sample = _sample(length, window, lcm(stride, q_tile, kv_tile))
-        plan = AxisPlan(Axis(sample, window, stride), q_tile, kv_tile, kv_origin)
-        if plan.most_visited < fewest:
-            fewest = plan.most_visited
+        shorter, narrower = _sample(length, window, lcm(stride, q_tile, kv_tile))
+        plan = AxisPlan(Axis(shorter, narrower, stride), q_tile, kv_tile, kv_origin)
+        most_visited = plan.most_visited + (window - narrower) // kv_tile
+        if most_visited < fewest:
+            fewest = most_visited
             waste = ceil_div(length, q_tile) * q_tile * fewest * kv_tile / (length * window)
             is_perfect = plan.full == plan.visited and tiles * window >= fewest * length
             choices.append(_Choice(stride, tiles / fewest, waste, is_perfect))
@@ -221,14 +222,16 @@ def _paying_strides(length: int, window: int, q_tile: int, kv_tile: int, kv_orig
     return tuple(choices)
 
 
-def _sample(length: int, window: int, period: int) -> int:
-    """A shorter axis with the same kinds of query tiles: both borders, and between them one period or more.
+def _sample(length: int, window: int, period: int) -> tuple[int, int]:
+    """A shorter axis and a smaller window with the same query tiles: both borders, and a period or more between them.
 
     Away from the borders windows repeat with the period of strides and tiles; shortening by whole periods keeps the
-    far border where it is in relation to them.
+    far border where it is in relation to them. A window without an even number of periods reaches as much less far on
+    either side of its query: every query tile loses the same number of whole KV tiles, none of which needs a mask.
     """
-    spare = length - window - 4 * period
-    return length - max(spare // period, 0) * period
+    inside = max(window // period // 2 - 1, 0) * 2 * period
+    between = max((length - window) // period - 4, 0) * period
+    return length - inside - between, window - inside
 
 
 def _strides(window: int, q_tile: int) -> list[int]:
