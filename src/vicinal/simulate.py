@@ -220,7 +220,8 @@ def simulate(
         dense_steps, steps: of the model's steps or layers, how many keep dense attention.
 
     Raises:
-        InvalidProblem: if the hardware has no rate for the problem's dtype, or a share is out of range.
+        InvalidProblem: if the hardware has no rate for the problem's dtype, a share is out of range, or steps come
+            without one.
 
     Source: arXiv 2504.16922, section 3.2 and appendix B.1, for the tile counts and speed-ups.
 
@@ -242,6 +243,8 @@ def simulate(
           speed-up            11.11x     11.11x     11.11x     11.11x
           end to end           2.23x      2.23x      2.23x      2.23x
     """
+    if attention_share is None and (dense_steps, steps) != (0, 1):
+        raise InvalidProblem("dense_steps and steps need attention_share, without which no whole model is predicted")
     problem = plan.problem
     heads = problem.batch * problem.heads
     tile_pairs, per_pair = plan.tile_pairs, 2 * (problem.head_dim + problem.head_dim_v) * heads

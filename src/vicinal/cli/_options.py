@@ -138,6 +138,10 @@ def tiling_of(
     if q_tile is not None or kv_tile is not None:
         given, missing = ("q_tile", "kv_tile") if kv_tile is None else ("kv_tile", "q_tile")
         raise InvalidProblem(f"{given} came without {missing}; give both, or neither for the backend's own")
+    if kv_origin != "free":
+        raise InvalidProblem(
+            f"kv_origin {kv_origin!r} needs q_tile and kv_tile; a backend's own tiles have their origin"
+        )
     from vicinal.backends import choose
 
     return next(iter(choose(problem, hardware or here()).tilings(problem, hardware or here())))

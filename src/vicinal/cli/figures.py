@@ -9,7 +9,15 @@ from vicinal.cli._console import progress, say
 from vicinal.cli._options import SHAPE, Device, KVOrigin, KVTile, QTile, grid_of, numbers, problem_of, tiling_of
 from vicinal.errors import InvalidProblem
 
-KINDS = ("windows", "plan", "speedups", "benchmark", "steps")
+_WINDOW, _TILES = ("kernel_size", "stride", "dilation", "causal"), ("q_tile", "kv_tile", "kv_origin")
+KINDS = {
+    "windows": (*_WINDOW, "query"),
+    "plan": (*_WINDOW, *_TILES),
+    "speedups": (*_TILES, "hardware"),
+    "benchmark": (),
+    "steps": (),
+}
+"""Kinds of figures, and the options that each of them heeds."""
 
 
 def plot(
@@ -35,8 +43,18 @@ def plot(
     from vicinal.problem import Problem
     from vicinal.suggest import sweep
 
-    if kind not in KINDS:
-        raise InvalidProblem(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    _check(
+        kind,
+        kernel_size=kernel_size is not None,
+        stride=stride != "1",
+        dilation=dilation != "1",
+        causal=bool(causal),
+        query=bool(query),
+        q_tile=q_tile is not None,
+        kv_tile=kv_tile is not None,
+        kv_origin=kv_origin != "free",
+        hardware=hardware != "h100-sxm",
+    )
     if kind in ("windows", "plan") and kernel_size is None:
         raise InvalidProblem(f"a figure of kind {kind} needs --kernel-size, such as --kernel-size 7")
     with progress(f"drawing {kind}"):
@@ -59,3 +77,12 @@ def plot(
             else:
                 written = plots.draw_plan(make_plan(problem, tiling_of(problem, q_tile, kv_tile, kv_origin, None)), out)
     say(f"wrote {written}")
+
+
+def _check(kind: str, **given: bool) -> None:
+    """Whether there is such a figure, and it heeds the options that were given."""
+    if kind not in KINDS:
+        raise InvalidProblem(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    stray = [name for name, is_given in given.items() if is_given and name not in KINDS[kind]]
+    if stray:
+        raise InvalidProblem(f"a figure of kind {kind} does not depend on {' or '.join(stray)}; leave that out")
