@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -316,3 +317,47 @@ def test_bad_arguments_are_named_when_compiling_too():
     call = torch.compile(lambda q: vicinal.na1d(q, q, q, 9), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"kernel_size \* dilation = 9 \* 1 = 9 > axis length 6"):
         call(torch.randn(1, 6, 2, 4))
+
+
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_a_traced_layer_takes_other_grids_and_gives_gradients(wants_grad: bool):
+    layer = vicinal.nn.NeighborhoodAttention2D(
+        32, 4, (3, 5), is_causal=(True, False), position_bias=True, rotary=True, qk_norm=True
+    )
+    with warnings.catch_warnings(), torch.set_grad_enabled(wants_grad):
+        warnings.simplefilter("ignore")  # tracing is deprecated, and tells of shapes that are checked
+        traced = torch.jit.trace(layer, torch.randn(2, 6, 9, 32))
+    x = torch.randn(3, 8, 7, 32, requires_grad=True)
+    out, expected = traced(x), layer(x)
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y.square().sum(), [x, layer.rpb]) for y in (out, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_halves_are_traced():
+    q, k, v = torch.randn(3, 1, 6, 9, 2, 8)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        weights = vicinal.neighborhood_scores(q, k, (3, 5), is_causal=(True, False)).softmax(-1)
+        return vicinal.neighborhood_aggregate(weights, v, (3, 5), is_causal=(True, False))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(attend, (q, k, v))
+    torch.testing.assert_close(traced(v, q, k), attend(v, q, k))
+
+
+def test_what_was_exported_without_gradients_has_them():
+    class Attend(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return vicinal.neighborhood_attention(q, k, v, (3, 5))
+
+    inputs = [torch.randn(1, 6, 9, 2, 8) for _ in range(3)]
+    with torch.no_grad():
+        program = torch.export.export(Attend(), tuple(inputs)).module()
+    inputs = [each.requires_grad_() for each in inputs]
+    found, expected = (torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (program, Attend()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

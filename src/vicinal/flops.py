@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from vicinal.problem import make_axes
+from vicinal.problem import recorded_axes
 
 Shape = Sequence[int]
 
@@ -63,6 +63,6 @@ def _unpacked(query: Shape, value: Shape | None) -> tuple[Shape, Shape]:
 def _pairs(query: Shape, extra: Shape | None, settings: Sequence[Any]) -> int:
     """(query, key) pairs of all batch rows and heads."""
     batch, *shape, heads, _ = query
-    axes = make_axes(tuple(shape), *(list(setting) for setting in settings[:4]))
+    axes = recorded_axes(shape, *settings[:4])
     inside = math.prod(axis.pairs for axis in axes)
     return batch * heads * (inside + (math.prod(shape) * extra[1] if extra else 0))

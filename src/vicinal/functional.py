@@ -227,6 +227,7 @@ def _attend(
         backend or "",
         ops.encode(tiling),
         torch.is_grad_enabled()
+        and not torch._C._get_tracing_state()  # what is recorded will be called with gradients and without
         and (_transforms.is_transformed() or any(t is not None and t.requires_grad for t in floats)),
     )
     return AttentionOutput(out, lse)

@@ -47,15 +47,20 @@ def solve(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     scale: float,
     backend: str,
     tiling: Sequence[int],
     needs_grad: bool,
 ) -> tuple[Backend, Plan]:
     """Who computes it, and how it is cut."""
-    windows = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
-    settings = {**{name: list(value) for name, value in windows.items()}, "scale": scale}
+    settings = {
+        "kernel_size": list(kernel_size),
+        "stride": list(stride),
+        "dilation": list(dilation),
+        "is_causal": list(map(bool, is_causal)),  # integers, since `torch.jit.trace` knows no lists of bools
+        "scale": scale,
+    }
     return settled(inputs, settings, backend or None, decode(tiling), needs_grad)
 
 
@@ -106,7 +111,7 @@ def _attention(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     scale: float,
     backend: str,
     tiling: Sequence[int],
@@ -137,7 +142,7 @@ def _attention_backward(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     scale: float,
     backend: str,
     tiling: Sequence[int],
@@ -184,7 +189,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _derivative(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     *inputs, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    gradients = iter(attention_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.settings))
+    # Programs that were recorded where nobody wanted gradients may be derived where somebody does.
+    *settings, _ = ctx.settings
+    gradients = iter(attention_backward(grad_out, grad_lse, out, lse, *inputs, *settings, True))
     # Lengths, the sixth, have none.
     of_inputs = [None if tensor is None or i == 5 else next(gradients) for i, tensor in enumerate(inputs)]
     return (*of_inputs, *[None] * len(ctx.settings))

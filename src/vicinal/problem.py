@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -338,6 +339,17 @@ def make_axes(shape: tuple[int, ...], kernel_size: Any, stride: Any, dilation: A
         canonical(dilation, rank, "dilation"),
         canonical(is_causal, rank, "is_causal", bool),
     )
+
+
+def recorded_axes(
+    shape: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[int],
+) -> tuple[Axis, ...]:
+    """The same from lists as operators take them, with flags as integers: `torch.jit.trace` knows no lists of bools."""
+    return make_axes(tuple(shape), list(kernel_size), list(stride), list(dilation), list(map(bool, is_causal)))
 
 
 def _default_scale(head_dim: Any) -> float:

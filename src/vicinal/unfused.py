@@ -28,7 +28,7 @@ from vicinal.backends.base import Inputs
 from vicinal.errors import InvalidProblem
 from vicinal.functional import Each, each
 from vicinal.plan import AxisPlan, Span
-from vicinal.problem import Axis, Problem, make_axes
+from vicinal.problem import Axis, Problem, make_axes, recorded_axes
 
 SCORES = 2**22
 """Scores of one tile, of all batch rows and heads, at most: 16 MiB in float32."""
@@ -111,7 +111,7 @@ def scores_of(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
 ) -> Tensor:
     """`s[i, t] = query[i] . key[j]`, 0 in empty slots: `[B, *S, H, slots]`."""
     axes, heads_kv = _axes(query, kernel_size, stride, dilation, is_causal), key.shape[-2]
@@ -131,7 +131,7 @@ def aggregate_of(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
 ) -> Tensor:
     """`o[i] = sum_t weights[i, t] value[j]`, whatever the weights of empty slots: `[B, *S, H, Dv]`."""
     axes, heads_kv = _axes(weights, kernel_size, stride, dilation, is_causal), value.shape[-2]
@@ -150,7 +150,7 @@ def spread_of(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
 ) -> Tensor:
     """`y[j] = sum weights[i, t] query[i]` over the slots that `j` fills: `[B, *S, Hkv, D]`."""
     axes = _axes(weights, kernel_size, stride, dilation, is_causal)
@@ -169,7 +169,7 @@ def entries_of(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
 ) -> Tensor:
     """Which entry of a head's table of position bias, flattened, each slot has; -1 where it is empty: `[*S, slots]`."""
     axes, rank = _axes(query, kernel_size, stride, dilation, is_causal), len(query.shape) - 3
@@ -367,7 +367,7 @@ def _check_weighted(weights: Any, value: Any, settings: dict[str, Any]) -> None:
 
 
 def _axes(tensor: Tensor, *window: Any) -> tuple[Axis, ...]:
-    return make_axes(tuple(tensor.shape[1:-2]), *(list(setting) for setting in window))
+    return recorded_axes(tensor.shape[1:-2], *window)
 
 
 def _slot_count(axes: tuple[Axis, ...]) -> int:
