@@ -235,6 +235,8 @@ def test_merging_names_the_part_that_does_not_fit():
         merge_attentions([out, torch.zeros(1, 3, 2, 4)], [lse, lse])
     with refused("lses[1] must have shape (1, 3, 2) to go with outputs[0], got (1, 2, 3)"):
         merge_attentions([out, out], [lse, torch.zeros(1, 2, 3)])
+    with refused("lses[0] must be a tensor, got NoneType"):
+        merge_attentions([out], [None])
 
 
 NATTEN = (

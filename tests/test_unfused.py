@@ -158,3 +158,22 @@ def test_compiled_halves_are_the_same():
 def test_bad_arguments_are_named(call: Any, message: str):
     with pytest.raises(InvalidProblem, match=re.escape(message)):
         call(torch.randn(2, 5, 7, 4, 8), torch.randn(2, 5, 7, 2, 8))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_halves_under_autocast_are_attention_under_autocast(is_compiled: bool):
+    """Autocast softens in 32 bits, so that weights and values differ, as queries and keys of two layers may."""
+    query, key, value = (torch.randn(1, 6, 9, 2, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 5, 9, requires_grad=True)
+
+    def attend() -> Tensor:
+        weights = neighborhood_scores(query.bfloat16(), key, (3, 5), position_bias=bias).softmax(-1)
+        return neighborhood_aggregate(weights, value.bfloat16(), (3, 5))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out = (torch.compile(attend, backend="aot_eager", fullgraph=True) if is_compiled else attend)()
+        wanted = attention_with_lse(query, key, value, (3, 5), position_bias=bias).out
+    assert out.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wanted, atol=0.05, rtol=0.05)
+    gradients = torch.autograd.grad(out.float().square().sum(), [query, key, value, bias])
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}

@@ -209,7 +209,7 @@ def _attend(
     """Attention of the tensors of a call, as `unpacked` takes them."""
     needed = tensors[:1] if is_packed else tensors[:3]
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        tensors = _autocast(tensors)
+        tensors = autocast(tensors)
     if _eager.is_plain([*needed, *[tensor for tensor in tensors[3:] if tensor is not None]]):
         return AttentionOutput(*_eager.attention(tensors, {**settings, "scale": scale}, backend, tiling))
     floats = *tensors[:5], tensors[6]
@@ -262,6 +262,10 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Atten
         raise InvalidProblem(
             f"outputs and lses must be as many and at least one each, got {len(outputs)} outputs and {len(lses)} lses"
         )
+    for name, tensors in (("outputs", outputs), ("lses", lses)):
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InvalidProblem(f"{name}[{i}] must be a tensor, got {type(tensor).__name__}")
     first = outputs[0]
     for name, tensors, shape in (("outputs", outputs, first.shape), ("lses", lses, first.shape[:-1])):
         for i, tensor in enumerate(tensors):
@@ -377,11 +381,11 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         _transforms.refuse_tangents()
 
 
-def _autocast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+def autocast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """Under autocast, floats of up to 32 bits in its dtype: attention is among the operations that it lowers.
 
-    Not the position bias, if it is of 32 bits as a layer's is: scores are, too, and to lower it would cost two more
-    kernels than it saves. What is no tensor of floats stays, to be refused in words.
+    Not the last, the position bias, if it is of 32 bits as a layer's is: scores are, too, and to lower it would cost
+    two more kernels than it saves. What is no tensor of floats stays, to be refused in words.
     """
     device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
@@ -392,5 +396,5 @@ def _autocast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         is_other = isinstance(tensor, Tensor) and tensor.dtype is not dtype and tensor.dtype in kinds
         return tensor.to(dtype) if is_other else tensor
 
-    *floats, lengths, bias = tensors
-    return *[lowered(tensor) for tensor in floats], lengths, lowered(bias, _LOWERED[:2])
+    *others, bias = tensors
+    return *[lowered(tensor) for tensor in others], lowered(bias, _LOWERED[:2])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vicinal.backends.base import Inputs
 from vicinal.errors import InvalidProblem
-from vicinal.functional import Each, each
+from vicinal.functional import Each, autocast, each
 from vicinal.plan import AxisPlan, Span
 from vicinal.problem import Axis, Problem, make_axes, recorded_axes
 
@@ -263,8 +263,8 @@ def neighborhood_scores(
             `neighborhood_attention`. Additional keys have no slots; merge them by their log-sum-exp.
 
     Returns:
-        `[B, *S, H, prod(kernel_size)]`, contiguous, in the dtype of the inputs. That is the memory it takes,
-        plus one tile of up to `SCORES` scores. It has derivatives of any order.
+        `[B, *S, H, prod(kernel_size)]`, contiguous, in the dtype of the inputs, or autocast's. That is the memory it
+        takes, plus one tile of up to `SCORES` scores. It has derivatives of any order.
 
     Raises:
         InvalidProblem: the arguments do not fit each other; the message names the one at fault.
@@ -282,6 +282,7 @@ def neighborhood_scores(
         "dilation": dilation,
         "is_causal": is_causal,
     }
+    query, key, position_bias = autocast((query, key, position_bias))
     if not torch.compiler.is_compiling():  # compiled calls meet the checks of windows in the operators
         Inputs(query, key, key, position_bias=position_bias).problem({**settings, "scale": scale})
     window = [each(setting, query.ndim - 3) for setting in settings.values()]
@@ -315,7 +316,7 @@ def neighborhood_aggregate(
         kernel_size, stride, dilation, is_causal: as for `neighborhood_attention`.
 
     Returns:
-        `[B, *S, H, Dv]`, contiguous, in the dtype of the inputs. It has derivatives of any order.
+        `[B, *S, H, Dv]`, contiguous, in the dtype of the inputs, or autocast's. It has derivatives of any order.
 
     Raises:
         InvalidProblem: the arguments do not fit each other; the message names the one at fault.
@@ -331,6 +332,7 @@ def neighborhood_aggregate(
         "dilation": dilation,
         "is_causal": is_causal,
     }
+    weights, value, _ = autocast((weights, value, None))
     if not torch.compiler.is_compiling():
         _check_weighted(weights, value, settings)
     return aggregate_of(weights, value, *(each(setting, weights.ndim - 3) for setting in settings.values()))
