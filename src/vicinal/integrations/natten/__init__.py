@@ -90,7 +90,8 @@ def install(*, replace: bool = False) -> None:
       position bias, heads first; and the arguments `rpb` and `rel_pos_bias`.
 
     Where both have a name, arguments are today's: `na2d(q, k, v, 7, 2)` is a stride of 2, which up to 0.17 was a
-    dilation; pass `dilation=` by name. With `rpb`, which only old releases had, the old order holds.
+    dilation; pass `dilation=` by name. With `rpb`, or a layer's `rel_pos_bias`, which only old releases had, the
+    old order holds.
 
     Args:
         replace: whether to stand in for a NATTEN that is installed or imported already.
