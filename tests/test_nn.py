@@ -133,6 +133,10 @@ def test_whole_axes_are_whole_on_grids_too_short_for_their_stride_or_dilation(is
     (lambda: Rotary(8, 2)(torch.zeros(1, 5, 1, 8)), "x must be .* with 2 spatial axes and D = 8, got shape"),
     (lambda: Rotary(8, 2)(torch.zeros(1, 5, 7, 1, 6)), "x must be .* with 2 spatial axes and D = 8, got shape"),
     (lambda: Rotary(6, 2, axes_dim=(3, 3)), "axes_dim must be 2 even numbers that sum to head_dim 6"),
+    (lambda: Rotary(8, 2, axes_dim=4), "axes_dim must be 2 even numbers that sum to head_dim 8, got 4"),
+    (lambda: Rotary(8, 2, axes_dim=(4.0, 4.0)), "axes_dim must be 2 even numbers that sum to head_dim 8"),
+    (lambda: Rotary(8, 2, axes_dim="44"), "axes_dim must be 2 even numbers that sum to head_dim 8, got '44'"),
+    (lambda: Rotary(8.0, 2), "head_dim must be an integer, got 8.0"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(InvalidProblem, match=message):

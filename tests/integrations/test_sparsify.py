@@ -349,6 +349,7 @@ def test_repeated_blocks_compile_whole_and_as_often_as_without_windows(name):
     (lambda m: sparsify(m, "3"), InvalidProblem, "kernel_size must be tokens"),
     (lambda m: sparsify(m, 3, dense_steps=(1, 2)), InvalidProblem, "pass steps= as well"),
     (lambda m: sparsify(m, 3, dense_layers=-1), InvalidProblem, "dense_layers must be a number of first ones"),
+    (lambda m: sparsify(m, 3, dense_layers=(99, 1)), InvalidProblem, r"dense_layers=\(99, 1\) are more than all"),
     (lambda m: sparsify(m, 3, dense_steps=(0, 1), steps=0), InvalidProblem, "steps must be an integer of at least 1"),
     (lambda m: sparsify(m, 3, grid=7), InvalidProblem, "grid must be a tuple of tokens, one number per axis, got 7"),
     (lambda m: sparsify(m, rule=3), InvalidProblem, "rule must be a function of layer and step, got 3"),

@@ -105,6 +105,10 @@ def test_first_and_last():
     (lambda: Window(True), r"kernel_size must be tokens \(integers\) or shares of an axis \(floats\), got True"),
     (lambda: Window((3, 3)).on((4, 5, 6)), r"kernel_size needs one value for each of the 3 axes of the grid, got"),
     (lambda: Window(3, stride=4).on((9, 9)), r"axis 0 of 9x9: stride must lie in \[1, .*3\]"),
+    (lambda: Window(3, base=(0, 9)), r"base must be tokens per axis of a grid, -1 where any will do, got \(0, 9\)"),
+    (lambda: Window(3, base=(-2, 9)), r"base must be tokens per axis of a grid, .* got \(-2, 9\)"),
+    (lambda: Window(3, base=9), "base must be tokens per axis of a grid, .* got 9"),
+    (lambda: Sparsity((Window(3),), dense_steps=(3, 2), steps=4), r"dense_steps=\(3, 2\) are more than all 4 steps"),
     (lambda: load_preset("wan"), "preset must be one of cosmos-7b, .* got 'wan'"),
 ])  # fmt: skip
 def test_bad_windows_are_named(build, message):

@@ -62,6 +62,12 @@ class Window:
             values = getattr(self, name)
             for value in values if isinstance(values, Sequence) else (values,):
                 _check(name, value)
+        known = self.base is None or (
+            isinstance(self.base, Sequence)  # pyright: ignore[reportUnnecessaryIsInstance]
+            and all(is_integer(length) and (length >= 1 or length == WHOLE) for length in self.base)
+        )
+        if not known:
+            raise InvalidProblem(f"base must be tokens per axis of a grid, -1 where any will do, got {self.base!r}")
 
     def on(self, grid: tuple[int, ...]) -> Setting | None:
         """This window in tokens, or `None` if every query sees the whole grid anyway.
@@ -122,6 +128,8 @@ class Sparsity:
                 f"dense_steps={self.dense_steps} keeps the last {self.dense_steps[1]} steps dense; pass steps= as "
                 "well, the number of denoising steps of a run"
             )
+        if self.steps is not None and sum(self.dense_steps) > self.steps:
+            raise InvalidProblem(f"dense_steps={self.dense_steps} are more than all {self.steps} steps of a run")
 
     def window(self, layer: int, layers: int, step: int) -> Window | None:
         """Of one layer out of `layers`, at a step, both counted from 0."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vicinal._tuples import is_integer
 from vicinal.errors import InvalidProblem
 
 
@@ -40,16 +41,20 @@ class Rotary(nn.Module):
         super().__init__()
         if rank not in (1, 2, 3):
             raise InvalidProblem(f"rank must be 1, 2 or 3, got {rank!r}")
+        if not is_integer(head_dim):
+            raise InvalidProblem(f"head_dim must be an integer, got {head_dim!r}")
         if axes_dim is None:
             each = head_dim // (2 * rank) * 2
             axes_dim = (head_dim - each * (rank - 1), *[each] * (rank - 1))
-        if len(axes_dim) != rank or sum(axes_dim) != head_dim or any(d % 2 or d < 0 for d in axes_dim):
+        dims: tuple[int, ...] = tuple(axes_dim) if hasattr(axes_dim, "__len__") else ()
+        is_even = all(is_integer(d) and d >= 0 and d % 2 == 0 for d in dims)
+        if len(dims) != rank or not is_even or sum(dims) != head_dim:
             raise InvalidProblem(
-                f"axes_dim must be {rank} even numbers that sum to head_dim {head_dim}, got {tuple(axes_dim)}"
+                f"axes_dim must be {rank} even numbers that sum to head_dim {head_dim}, got {axes_dim!r}"
             )
         if not base > 0:
             raise InvalidProblem(f"base must be positive, got {base}")
-        self.axes_dim = tuple(axes_dim)
+        self.axes_dim = dims
         self.base = base
 
     def forward(self, x: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def sparsify(
         dilation: distance between keys.
         dense_layers: layers that stay dense: the first so many, or `(first, last)`. FLUX and HunyuanVideo
             count double blocks, then single ones.
-        dense_steps: denoising steps that stay dense, likewise. By default the preset's, or none.
+        dense_steps: denoising steps that stay dense, likewise. By default the preset's, or none. Counted from the
+            first step that this model takes: of two models in a pipeline, each has its own.
         steps: denoising steps of a run, needed only if the last ones are to be dense.
         preset: windows for all layers from `vicinal.integrations.presets`, in place of `kernel_size`.
         rule: in place of both, a function `(layer, step) -> Window | None`.
@@ -123,9 +124,12 @@ def _rule(
     else:
         assert kernel_size is not None
         windows, by_default = (Window(kernel_size, stride, dilation),), 0
+    first_and_last_layers = first_and_last(dense_layers, "dense_layers")
+    if sum(first_and_last_layers) > layers:
+        raise InvalidProblem(f"dense_layers={dense_layers} are more than all {layers} layers of this model")
     sparsity = Sparsity(
         windows,
-        first_and_last(dense_layers, "dense_layers"),
+        first_and_last_layers,
         first_and_last(by_default if dense_steps is None else dense_steps, "dense_steps"),
         steps,
     )
