@@ -56,7 +56,7 @@ class Hopper:
                 problem.head_dim_v == problem.head_dim,
                 f"values must have the head_dim of the keys, got {problem.head_dim_v} and {problem.head_dim}",
             ),
-            (not problem.position_bias, "adds no position bias yet"),
+            (not problem.position_bias, "adds no position bias"),
             (problem.heads <= LARGEST_GRID, f"takes at most {LARGEST_GRID} heads, got {problem.heads}"),
             (problem.tokens < 2**31, f"takes fewer than 2^31 tokens a batch row, got {problem.tokens}"),
             (problem.batch <= LARGEST_GRID, f"takes at most {LARGEST_GRID} batch rows, got {problem.batch}"),
