@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vicinal import InvalidProblem, Problem, Unsupported
-from vicinal.integrations.diffusers import sparsify
+from vicinal.integrations.diffusers import desparsify, sparsify
 from vicinal.integrations.sparsity import Window
 from vicinal.testing import truth
 from vicinal.testing.tolerance import assert_as_good_as_eager
@@ -143,6 +143,21 @@ def test_a_window_over_the_whole_grid_changes_nothing_and_remove_restores(name):
         assert torch.equal(output(model, arguments), before)
     assert {n: layer.processor for n, layer in model.named_modules() if hasattr(layer, "processor")} == own
     assert not model._forward_pre_hooks
+
+
+def test_windows_whose_handle_is_lost_are_taken_off():
+    model = specimen("flux").build(tiny=True)
+    own = {n: layer.processor for n, layer in model.named_modules() if hasattr(layer, "processor")}
+    for _ in range(2):
+        sparsify(model, 3)
+        with pytest.raises(InvalidProblem, match=r"or desparsify\(model\) where their handle is lost"):
+            sparsify(model, 3)
+        desparsify(torch.compile(model, backend="eager"))
+        desparsify(model)
+        assert {n: layer.processor for n, layer in model.named_modules() if hasattr(layer, "processor")} == own
+        assert not model._forward_pre_hooks
+    with pytest.raises(Unsupported, match="no windows for Linear"):
+        desparsify(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,7 +14,7 @@ from vicinal.integrations.sparsity import Length, Sparsity, Window, first_and_la
 if TYPE_CHECKING:
     from vicinal.integrations.diffusers.handle import Rule, Sparsified
 
-__all__ = ["LTX2DecoderProcessor", "Window", "require_diffusers", "sparsify"]
+__all__ = ["LTX2DecoderProcessor", "Window", "desparsify", "require_diffusers", "sparsify"]
 
 SUPPORTED = "0.42"
 """The minor version of diffusers whose processors ours stand in for."""
@@ -100,6 +100,24 @@ def sparsify(
     elif (stride, dilation, dense_layers, dense_steps, steps) != (1, 1, 0, None, None):
         raise InvalidProblem("rule decides on its own; stride, dilation, dense_layers, dense_steps and steps go unused")
     return Sparsified(model, rule, None if grid is None else tuple(grid))
+
+
+def desparsify(model: Any) -> None:
+    """Take its windows off a model whose handle is lost, in a notebook say; one without windows stays as it is.
+
+    Raises:
+        Unsupported: the model or the version of diffusers is unknown.
+
+    Example:
+        >>> from diffusers import WanTransformer3DModel  # doctest: +SKIP
+        >>> model = WanTransformer3DModel(num_layers=2)  # doctest: +SKIP
+        >>> _ = sparsify(model, kernel_size=(-1, 0.5, 0.5))  # doctest: +SKIP
+        >>> desparsify(model)  # doctest: +SKIP
+    """
+    require_diffusers()
+    from vicinal.integrations.diffusers.handle import remove_from
+
+    remove_from(getattr(model, "_orig_mod", model))
 
 
 def _rule(

@@ -64,7 +64,7 @@ class Sparsified:
         if self._given is not None:
             self._settings(self._given, step=0)
         # From here on nothing can fail.
-        self._ours = [(attention, _replace(attention, kind)) for _, attention, kind in self._layers]
+        self._ours = [(attention, self._replace(attention, kind)) for _, attention, kind in self._layers]
         before: Any = torch.compiler.disable(self._before_forward)
         self._hook = model.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -103,6 +103,11 @@ class Sparsified:
         where = "not called yet" if self.grid is None else f"{times(self.grid)} tokens at step {self.step}"
         state = "" if self._ours else ", removed"
         return f"{type(self.model).__name__}, {len(self._layers)} layers with windows, {where}{state}"
+
+    def _replace(self, attention: Any, kind: type[SparseProcessor]) -> SparseProcessor:
+        attention.processor = ours = kind(attention.processor)
+        ours.handle = self
+        return ours
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is not self.model:
@@ -147,7 +152,10 @@ def _checked(model: nn.Module, family: Family) -> list[tuple[str, Any, type[Spar
     for name, attention in family.layers(model):
         own = attention.processor
         if isinstance(own, SparseProcessor):
-            raise InvalidProblem(f"model has windows already (at {name}); remove() those first")
+            raise InvalidProblem(
+                f"model has windows already (at {name}); remove() those first, or desparsify(model) where their handle "
+                "is lost"
+            )
         kind = family.processors.get(type(own))
         if kind is None:
             known = " or ".join(processor.__name__ for processor in family.processors)
@@ -159,6 +167,8 @@ def _checked(model: nn.Module, family: Family) -> list[tuple[str, Any, type[Spar
     return layers
 
 
-def _replace(attention: Any, kind: type[SparseProcessor]) -> SparseProcessor:
-    attention.processor = kind(attention.processor)
-    return attention.processor
+def remove_from(model: nn.Module) -> None:
+    """Remove all windows that the model's layers have, whoever put them there."""
+    for _, attention in family_of(model).layers(model):
+        if isinstance(attention.processor, SparseProcessor):
+            attention.processor.handle.remove()

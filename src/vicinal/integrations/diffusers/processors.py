@@ -33,6 +33,8 @@ class SparseProcessor:
 
     def __init__(self, own: Any) -> None:
         self.own = own
+        self.handle: Any = None
+        """Whoever put this one there, and can put the layer's own back."""
         self.setting: Setting | None = None
         """The layer's window at this step, `None` for dense attention. Set before each forward pass."""
 
