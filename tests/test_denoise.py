@@ -257,6 +257,8 @@ def test_the_input_is_left_alone():
         ({"patch_size": (3, 3, 3)}, "patch_size needs 2 values"),
         ({"patch_size": 23}, r"less than twice the image's sides, which are \(9, 11\), got 23"),
         ({"patch_distance": -1}, "patch_distance must not be negative, got -1"),
+        ({"channel_axis": "last"}, "channel_axis must name one of 2 axes, got 'last'"),
+        ({"components": 1.5}, "components must be at least 1, or None for whole patches, got 1.5"),
         ({"components": 0}, "components must be at least 1, or None for whole patches, got 0"),
         ({"sigma": -0.1}, "sigma must be a finite number that is not negative, got -0.1"),
         ({"sigma": math.inf}, "sigma must be a finite number"),

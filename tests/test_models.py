@@ -201,6 +201,11 @@ def test_official_checkpoints_load_and_are_written(name: str):
     (lambda: NeighborhoodTransformer(SMALL, num_classes=-1), "num_classes must not be negative, got -1"),
     (lambda: Architecture(16, (1, 1), (2, 4), 2.0, (3,), ((1,), (1,))), "kernel_size must be a number, or one"),
     (lambda: Architecture(16, (1, 1), (2, 4), 2.0, 3, ((1,), ())), "dilations must hold one at least for each level"),
+    (lambda: Architecture(16, (1, 1), (2, 4), 2.0, 3, (1, 2)), "dilations must hold one at least for each level"),
+    (lambda: Architecture(16, (), (), 2.0, 3, ()), "depths must hold a block at least"),
+    (lambda: Architecture(16, (1,), (2,), 2.0, 3, ((1,),), tokens=0), "tokens must be 'conv' or the pixels .* got 0"),
+    (lambda: create_model("nat_mini", out_indices=(0,)), "out_indices needs features_only=True"),
+    (lambda: NeighborhoodTransformer(SMALL, drop_path_rate=1.0), r"stochastic depth must lie in \[0, 1\), got 1.0"),
     *((lambda wrong=wrong: Features(NeighborhoodTransformer(SMALL), wrong), "indices must be different ones of")
       for wrong in (0, 9, -1, (7,), (0, 0), ())),
 ])  # fmt: skip

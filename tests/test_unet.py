@@ -117,6 +117,11 @@ def test_dilations_take_turns_but_not_in_time():
     ({"halved": (2,)}, r"patch, halved, kernel_size and is_causal must have one value per axis, got \(2, 1\), \(2,\)"),
     ({"is_causal": (True, False)}, r"patch and halved must be 1 where is_causal, got \(2, 1\), \(2, 2\)"),
     ({"mixer": "attention"}, "mixer must be 'windows' or 'convolutions', got 'attention'"),
+    ({"head_dim": 7}, "head_dim must divide embed_dim 16, got 7"),  # heads would be of 8
+    ({"head_dim": 0}, "head_dim must divide embed_dim 16, got 0"),
+    ({"dilations": ()}, r"dilations must be a tuple of integers, one at least, got \(\)"),  # there would be no blocks
+    ({"kernel_size": 3}, "kernel_size must be a tuple of integers, one at least, got 3"),
+    ({"halved": (0, 2)}, r"patch and halved must be at least 1, got \(2, 1\) and \(0, 2\)"),
     ({"residual": True}, "out_chans must equal in_chans for a residual, got 3 and 2"),
 ])  # fmt: skip
 def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], message: str):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, conv2d, conv3d, pad
 
-from vicinal._tuples import canonical, ceil_div
+from vicinal._tuples import canonical, ceil_div, is_integer
 from vicinal.errors import InvalidProblem
 from vicinal.functional import attention_with_lse
 
@@ -146,8 +146,8 @@ def denoise(
     reach = canonical(patch_distance, len(shape), "patch_distance")
     if min(reach) < 0:
         raise InvalidProblem(f"patch_distance must not be negative, got {patch_distance}")
-    if components is not None and components < 1:
-        raise InvalidProblem(f"components must be at least 1, or None for whole patches, got {components}")
+    if components is not None and (not is_integer(components) or components < 1):
+        raise InvalidProblem(f"components must be at least 1, or None for whole patches, got {components!r}")
     if sigma is None and h is None and not (sigma := _noise(pixels)):
         return restore(pixels)  # Not a trace of noise: a drawing, or one colour.
     sigma = _noise(pixels) if sigma is None else _number("sigma", sigma)
@@ -155,7 +155,7 @@ def denoise(
         if sigma == 0:
             raise InvalidProblem("h must be given where sigma is 0: without noise nothing says how much to smooth")
         h = sigma * (STRENGTH_WHOLE if components is None else STRENGTH)
-    elif _number("h", h) == 0:
+    elif (h := _number("h", h)) == 0:
         raise InvalidProblem("h must be above 0: it divides the distances, and 0 would forbid every other pixel")
     # Neither distances nor means mind a common shift, but rounding does: small numbers keep more digits.
     level = pixels.mean(dim=tuple(range(1, pixels.ndim)), keepdim=True)
@@ -360,8 +360,8 @@ def _pixels(image: Any, channel_axis: int | None) -> tuple[Tensor, Callable[[Ten
     if not 1 <= rank <= 3:
         hint = "" if tensor.ndim != 4 else "; name the axis of colours with channel_axis"
         raise InvalidProblem(f"image must have 1 to 3 axes beside channels, got shape {tuple(tensor.shape)}{hint}")
-    if channel_axis is not None and not -tensor.ndim <= channel_axis < tensor.ndim:
-        raise InvalidProblem(f"channel_axis must name one of {tensor.ndim} axes, got {channel_axis}")
+    if channel_axis is not None and not (is_integer(channel_axis) and -tensor.ndim <= channel_axis < tensor.ndim):
+        raise InvalidProblem(f"channel_axis must name one of {tensor.ndim} axes, got {channel_axis!r}")
     if not tensor.numel():
         raise InvalidProblem(f"image must hold at least one pixel, got shape {tuple(tensor.shape)}")
     if not bool(tensor.isfinite().all()):

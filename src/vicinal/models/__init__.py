@@ -35,6 +35,8 @@ def create_model(
     """
     if name not in ARCHITECTURES:
         raise InvalidProblem(f"name must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
+    if out_indices is not None and not features_only:
+        raise InvalidProblem(f"out_indices needs features_only=True, got {out_indices!r} without it")
     model = NeighborhoodTransformer(ARCHITECTURES[name], **kwargs)
     return Features(model, out_indices) if features_only else model
 

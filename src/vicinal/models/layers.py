@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vicinal.errors import InvalidProblem
 from vicinal.nn import NeighborhoodAttention2D
 
 
@@ -47,11 +48,16 @@ class Mlp(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training, leaves a residual branch out for whole samples, and scales the others up.
 
+    Raises:
+        InvalidProblem: if the probability does not lie in `[0, 1)`; 1 would leave nothing to scale up.
+
     Source: Deep Networks with Stochastic Depth, arXiv 1603.09382.
     """
 
     def __init__(self, probability: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= probability < 1:
+            raise InvalidProblem(f"the probability of stochastic depth must lie in [0, 1), got {probability}")
         self.probability = probability
 
     def forward(self, x: Tensor) -> Tensor:

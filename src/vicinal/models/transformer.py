@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vicinal._tuples import is_integer
 from vicinal.errors import InvalidProblem
 from vicinal.models.layers import Block, ConvDownsampler, ConvTokenizer, PatchEmbed, PatchMerging
 
@@ -57,8 +58,12 @@ class Architecture:
             )
         if not isinstance(self.kernel_size, int) and len(self.kernel_size) != len(self.depths):
             raise InvalidProblem(f"kernel_size must be a number, or one per level, got {self.kernel_size}")
-        if not all(self.dilations):
+        if not self.depths or not any(self.depths):
+            raise InvalidProblem(f"depths must hold a block at least, got {self.depths}")
+        if not all(hasattr(steps, "__len__") and steps for steps in self.dilations):
             raise InvalidProblem(f"dilations must hold one at least for each level, got {self.dilations}")
+        if self.tokens != "conv" and not (is_integer(self.tokens) and self.tokens >= 1):
+            raise InvalidProblem(f"tokens must be 'conv' or the pixels of a patch's side, got {self.tokens!r}")
 
 
 class Level(nn.Module):

@@ -6,6 +6,7 @@ linear layers on the pixels or tokens of a box.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from math import prod
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vicinal._tuples import is_integer
 from vicinal.errors import InvalidProblem
 from vicinal.models.layers import DropPath, Mlp
 from vicinal.nn import NeighborhoodAttention
@@ -75,6 +77,14 @@ class UShape:
         return (False,) * self.rank if self.is_causal is None else self.is_causal
 
     def __post_init__(self) -> None:
+        for name in ("patch", "halved", "kernel_size", "depths", "dilations"):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence) or not values or not all(is_integer(n) and n >= 0 for n in values):
+                raise InvalidProblem(f"{name} must be a tuple of integers, one at least, got {values!r}")
+        if min(*self.patch, *self.halved) < 1:
+            raise InvalidProblem(f"patch and halved must be at least 1, got {self.patch} and {self.halved}")
+        if self.mixer == "windows" and (self.head_dim < 1 or self.embed_dim % self.head_dim):
+            raise InvalidProblem(f"head_dim must divide embed_dim {self.embed_dim}, got {self.head_dim}")
         if not self.rank == len(self.halved) == len(self.kernel_size) == len(self.causal):
             raise InvalidProblem(
                 f"patch, halved, kernel_size and is_causal must have one value per axis, got {self.patch}, "
