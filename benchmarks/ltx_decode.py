@@ -131,6 +131,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, to try this script")
     options = parser.parse_args()
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("this needs an accelerator that PyTorch calls cuda; --tiny runs without")
     torch._dynamo.config.recompile_limit = 64
     found = specimen("ltx2-decoder")
     device, dtype = ("cpu", torch.float32) if options.tiny else ("cuda", torch.bfloat16)

@@ -221,7 +221,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def run(
-    mnist: Annotated[Path, typer.Argument(help="Folder with the four idx files of MNIST.")],
+    mnist: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Folder with the four idx files of MNIST.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the table and the pictures; made if needed.")],
     seconds: Annotated[float, typer.Option(help="To train the dense model for.")] = 90.0,
     tiny: Annotated[bool, typer.Option("--tiny", help="A few steps only, to see that all of it runs.")] = False,

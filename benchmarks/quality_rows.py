@@ -86,7 +86,9 @@ def write_sheet(path: Path, pictures: list[Tensor]) -> None:
 
 
 def draw(
-    table: Annotated[Path, typer.Argument(help="quality.csv; quality-digits.png lies beside it.")],
+    table: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="quality.csv; quality-digits.png lies beside it.")
+    ],
     picture: Annotated[Path, typer.Argument(help="PNG or SVG to write.")],
 ) -> None:
     """The figure of a run that was made before."""

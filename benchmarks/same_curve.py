@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.models.unet import UNet
 from vicinal.nn import NeighborhoodAttention
 from vicinal.train.video import DINAT, Video, clip
@@ -61,7 +62,12 @@ def main() -> None:
     options.add_argument("--device", default="cuda")
     options.add_argument("--ours", default="hopper", help="the backend to compare")
     given = options.parse_args()
-    task = clip(given.data, crop=tuple(given.crop)).to(torch.device(given.device))
+    if torch.device(given.device).type == "cuda" and not torch.cuda.is_available():
+        options.error("there is no accelerator that PyTorch calls cuda; pass --device cpu --ours blocked")
+    try:
+        task = clip(given.data, crop=tuple(given.crop)).to(torch.device(given.device))
+    except (InvalidProblem, Unsupported) as error:
+        options.error(str(error))
     columns: dict[str, list[float]] = {}
     for name, (backend, *run) in RUNS.items():
         begin = time.perf_counter()

@@ -47,4 +47,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="of the runs' CSV files")
     parser.add_argument("figure", help="PNG or SVG to write")
-    main(**vars(parser.parse_args()))
+    asked = parser.parse_args()
+    if not Path(asked.folder).is_dir():
+        parser.error(f"there is no folder {asked.folder!r}")
+    main(asked.folder, asked.figure)

@@ -9,6 +9,7 @@ that take part must agree.
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import traceback
 from collections.abc import Callable, Sequence
@@ -297,6 +298,14 @@ def main() -> None:
     parser.add_argument("--modes", default="eager,graph", help=f"of {', '.join(MODES)}")
     parser.add_argument("--kernels", default="", help="a folder for what each kernel took")
     asked = parser.parse_args()
+    sizes = "|".join(f"{size}-{px}" for size, px in BATCH)
+    for each in asked.cases:
+        if not re.fullmatch(rf"({sizes})-(inference|training):[\w-]+(,[\w-]+)*", each):
+            parser.error(f"cases are such as large-512-inference:dinat,swin, of sizes {sizes}, got {each!r}")
+    if strange := set(asked.modes.split(",")) - set(MODES):
+        parser.error(f"modes must be of {', '.join(MODES)}, got {', '.join(sorted(strange))}")
+    if not torch.cuda.is_available():
+        parser.error("this needs an accelerator that PyTorch calls cuda")
     for each in asked.cases:
         case, names = each.split(":")
         contenders = names.split(",")

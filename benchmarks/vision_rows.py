@@ -57,4 +57,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", help="the CSV that vision.py wrote")
     parser.add_argument("figure", help="PNG or SVG to write")
-    main(**vars(parser.parse_args()))
+    asked = parser.parse_args()
+    if not Path(asked.table).is_file():
+        parser.error(f"there is no table {asked.table!r}")
+    main(asked.table, asked.figure)

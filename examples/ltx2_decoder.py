@@ -8,6 +8,7 @@ Code that cannot be changed runs ours as well: `eval "$(vicinal natten-kernel DI
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,8 @@ def decode(model: torch.nn.Module, latent: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     torch.manual_seed(0)
     if len(sys.argv) > 1:
+        if not (Path(sys.argv[1]) / "config.json").is_file():
+            sys.exit(f"FOLDER must hold the decoder's weights and its config.json, got {sys.argv[1]!r}")
         from diffusers import LTX2VideoDiffusionDecoderModel
 
         model = LTX2VideoDiffusionDecoderModel.from_pretrained(sys.argv[1], dtype=torch.bfloat16).to("cuda")

@@ -5,6 +5,7 @@ python examples/ltx_video.py          # random weights, a few seconds on a CPU: 
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -39,6 +40,8 @@ def denoise(model: torch.nn.Module, arguments: dict, steps: int = 4) -> torch.Te
 
 def main() -> None:
     if len(sys.argv) > 1:
+        if not (Path(sys.argv[1]) / "model_index.json").is_file():
+            sys.exit(f"FOLDER must hold a pipeline's weights and its model_index.json, got {sys.argv[1]!r}")
         generate(sys.argv[1])
         return
     torch.manual_seed(0)
