@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,3 +133,22 @@ def test_what_cannot_be_run_is_said_before_anything_is(folder, pipe, tmp_path, m
     monkeypatch.setattr("vicinal.bench.generate.find_spec", lambda name: None)
     with pytest.raises(Unsupported, match="need scikit-image"):
         generate(pipe, {"kernel_size": 2}, prompt="x", steps=2, sizes=SIZES)
+
+
+def test_steps_are_those_of_both_models():
+    found = specimen("wan-14b")
+
+    class TwoModels:
+        """As Wan 2.2 has them: one for much noise, one for little."""
+
+        transformer, transformer_2 = (found.build(tiny=True) for _ in range(2))
+
+        def __call__(self, prompt: str, num_inference_steps: int, generator: torch.Generator, output_type: str) -> Any:
+            for step in range(num_inference_steps):
+                model = self.transformer if step < 2 else self.transformer_2
+                arguments = found.arguments(model, tiny=True)
+                with torch.no_grad():
+                    model(**{**arguments, "timestep": torch.full_like(arguments["timestep"], 999.0 - step)})
+            return SimpleNamespace(images=torch.rand(1, 16, 24, 3, generator=generator).numpy())
+
+    assert generate(TwoModels(), {"kernel_size": 2}, prompt="x", steps=5).steps == 5
