@@ -177,3 +177,40 @@ def test_halves_under_autocast_are_attention_under_autocast(is_compiled: bool):
     torch.testing.assert_close(out, wanted, atol=0.05, rtol=0.05)
     gradients = torch.autograd.grad(out.float().square().sum(), [query, key, value, bias])
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    window: dict[str, Any] = {"kernel_size": (3, 2), "stride": (2, 1), "is_causal": (True, False)}
+    weights = neighborhood_scores(query, key, **window, position_bias=bias).softmax(-1)
+    return neighborhood_aggregate(weights, value, **window)
+
+
+def _given() -> list[Tensor]:
+    shapes = (1, 4, 3, 2, 2), (1, 4, 3, 1, 2), (1, 4, 3, 1, 3), (2, 5, 3)
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def test_forward_mode_has_tangents():
+    assert torch.autograd.gradcheck(_attended, _given(), check_forward_ad=True, check_batched_grad=True)
+
+
+def test_transforms_give_what_autograd_gives():
+    given = _given()
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return _attended(*tensors).sin().sum()
+
+    wanted = torch.autograd.grad(loss(*given), given, create_graph=True)
+    second = torch.autograd.grad(sum(gradient.sum() for gradient in wanted), given)
+    every = tuple(range(4))
+    given = [tensor.detach() for tensor in given]
+    torch.testing.assert_close(torch.func.grad(loss, every)(*given), wanted)
+    for hessian in (torch.func.hessian(loss, every), torch.func.jacrev(torch.func.jacrev(loss, every), every)):
+        rows = zip(*hessian(*given), strict=True)  # of each input, a block for each gradient
+        for found, expected in zip(rows, second, strict=True):
+            summed = sum(block.flatten(0, block.ndim - expected.ndim - 1).sum(0) for block in found)
+            torch.testing.assert_close(summed, expected)
+    many = [torch.stack([tensor, -tensor, tensor.flip(1)]) for tensor in given]
+    apart = [torch.func.grad(loss, every)(*each) for each in zip(*many, strict=True)]
+    together = torch.vmap(torch.func.grad(loss, every))(*many)
+    torch.testing.assert_close(together, tuple(torch.stack(each) for each in zip(*apart, strict=True)))

@@ -6,12 +6,13 @@ The operators' own derivatives do not work there, since PyTorch makes them in th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from vicinal import ops
 from vicinal.backends.base import no_second_derivative
@@ -42,7 +43,7 @@ def refuse_tangents() -> NoReturn:
     """
     raise Unsupported(
         "forward-mode derivatives (jvp) of neighborhood attention are not offered; use reverse mode, "
-        "torch.autograd.grad or torch.func.vjp"
+        "torch.autograd.grad or torch.func.vjp, or neighborhood_scores and neighborhood_aggregate, which have both"
     )
 
 
@@ -91,6 +92,57 @@ class _Gradients(Function):
         return refuse_tangents()
 
 
+def bilinear(operator: Callable[..., Tensor], derivative: Callable[..., Any], *arguments: Any) -> Tensor:
+    """An operator of two tensors and settings, linear in each tensor, with every derivative, in forward mode too.
+
+    Args:
+        operator: has a reverse derivative of its own, which holds where nobody transforms.
+        derivative: the same, of a context with `saved_tensors` and `settings`.
+        arguments: of the operator.
+    """
+    if torch.compiler.is_compiling() or not (is_transformed() or forward_ad._current_level >= 0):
+        return operator(*arguments)
+    first, second, *settings = arguments
+    return _Bilinear.apply(_Call(operator, derivative, settings), first, second)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """All but the tensors, as one thing: transforms would take lists apart."""
+
+    operator: Callable[..., Tensor]
+    derivative: Callable[..., Any]
+    settings: list[Any]
+
+
+class _Bilinear(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, first: Tensor, second: Tensor) -> Tensor:
+        return call.operator(first, second, *call.settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.call, *tensors = inputs
+        ctx.settings = ctx.call.settings
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *ctx.call.derivative(ctx, *grads)[:2]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (first, second), (_, of_first, of_second), call = ctx.saved_tensors, tangents, ctx.call
+        pairs = [
+            pair for pair in ((of_first, second), (first, of_second)) if pair[0] is not None and pair[1] is not None
+        ]
+        parts = [bilinear(call.operator, call.derivative, *pair, *call.settings) for pair in pairs]
+        return sum(parts[1:], parts[0])
+
+
 def _by_rows(call: Callable[..., Any], tensors: int, is_backward: bool) -> Callable[..., Any]:
     """The rule of `vmap` for an operator: batches of batches are batches, but for tables of position bias.
 
@@ -111,6 +163,17 @@ def _by_rows(call: Callable[..., Any], tensors: int, is_backward: bool) -> Calla
             rows = [None if t is None else _rows(t, dim, size).flatten(0, 1) for t, dim in given]
             apart = [t.unflatten(0, (size, t.shape[0] // size)) for t in call(*rows, table, *settings)]
         return (apart, [0] * len(apart)) if is_backward else (tuple(apart), (0, 0))
+
+    return rule
+
+
+def by_rows(operator: Callable[..., Tensor]) -> Callable[..., Any]:
+    """The rule of `vmap` for an operator of two tensors and settings: batches of batches are batches."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], first: Tensor, second: Tensor, *settings: Any) -> tuple[Tensor, int]:
+        size, given = info.batch_size, zip((first, second), in_dims, strict=False)
+        found = operator(*(_rows(tensor, dim, size).flatten(0, 1) for tensor, dim in given), *settings)
+        return found.unflatten(0, (size, found.shape[0] // size)), 0
 
     return rule
 

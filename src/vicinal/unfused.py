@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicinal._transforms import bilinear, by_rows
 from vicinal.backends.base import Inputs
 from vicinal.errors import InvalidProblem
 from vicinal.functional import Each, autocast, each
@@ -216,26 +217,41 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _scores_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    query, key = ctx.saved_tensors
-    gradients = aggregate_of(grad, key, *ctx.settings), spread_of(grad, query, key.shape[-2], *ctx.settings)
-    return *gradients, *[None] * len(ctx.settings)
+    (query, key), settings = ctx.saved_tensors, ctx.settings
+    gradients = _apply(aggregate_of, grad, key, *settings), _apply(spread_of, grad, query, key.shape[-2], *settings)
+    return *gradients, *[None] * len(settings)
 
 
 def _aggregate_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weights, value = ctx.saved_tensors
-    gradients = scores_of(grad, value, *ctx.settings), spread_of(weights, grad, value.shape[-2], *ctx.settings)
-    return *gradients, *[None] * len(ctx.settings)
+    (weights, value), settings = ctx.saved_tensors, ctx.settings
+    gradients = _apply(scores_of, grad, value, *settings), _apply(spread_of, weights, grad, value.shape[-2], *settings)
+    return *gradients, *[None] * len(settings)
 
 
 def _spread_derivative(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (weights, query), (_, *window) = ctx.saved_tensors, ctx.settings
-    gradients = scores_of(query, grad, *window), aggregate_of(weights, grad, *window)
+    gradients = _apply(scores_of, query, grad, *window), _apply(aggregate_of, weights, grad, *window)
     return *gradients, *[None] * len(ctx.settings)
 
 
 scores_of.register_autograd(_scores_derivative, setup_context=_save)
 aggregate_of.register_autograd(_aggregate_derivative, setup_context=_save)
 spread_of.register_autograd(_spread_derivative, setup_context=_save)
+for _operator in (scores_of, aggregate_of, spread_of):
+    _operator.register_vmap(by_rows(_operator))
+
+
+@entries_of.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], query: Tensor, *window: Any) -> tuple[Tensor, None]:
+    return entries_of(query.select(in_dims[0], 0), *window), None
+
+
+_DERIVATIVES = {scores_of: _scores_derivative, aggregate_of: _aggregate_derivative, spread_of: _spread_derivative}
+
+
+def _apply(operator: Any, *arguments: Any) -> Tensor:
+    """An operator with its derivatives, whoever asks for them."""
+    return bilinear(operator, _DERIVATIVES[operator], *arguments)
 
 
 def neighborhood_scores(
@@ -286,7 +302,7 @@ def neighborhood_scores(
     if not torch.compiler.is_compiling():  # compiled calls meet the checks of windows in the operators
         Inputs(query, key, key, position_bias=position_bias).problem({**settings, "scale": scale})
     window = [each(setting, query.ndim - 3) for setting in settings.values()]
-    scores = scores_of(query, key, *window) * (query.shape[-1] ** -0.5 if scale is None else float(scale))
+    scores = _apply(scores_of, query, key, *window) * (query.shape[-1] ** -0.5 if scale is None else float(scale))
     if position_bias is None and not any(window[-1]):
         return scores
     entries = entries_of(query.detach(), *window)
@@ -335,7 +351,8 @@ def neighborhood_aggregate(
     weights, value, _ = autocast((weights, value, None))
     if not torch.compiler.is_compiling():
         _check_weighted(weights, value, settings)
-    return aggregate_of(weights, value, *(each(setting, weights.ndim - 3) for setting in settings.values()))
+    window = [each(setting, weights.ndim - 3) for setting in settings.values()]
+    return _apply(aggregate_of, weights, value, *window)
 
 
 def _check_weighted(weights: Any, value: Any, settings: dict[str, Any]) -> None:

@@ -109,7 +109,8 @@ def no_second_derivative(*_: Any) -> Any:
         Unsupported: always.
     """
     raise Unsupported(
-        "the second derivative of neighborhood attention is not offered; take the gradient without create_graph=True"
+        "the second derivative of neighborhood attention is not offered; take the gradient without create_graph=True, "
+        "or use neighborhood_scores and neighborhood_aggregate, which have derivatives of any order"
     )
 
 
