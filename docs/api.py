@@ -84,7 +84,7 @@ GROUPS = (
         "Other libraries",
         "One module per library; none is imported before it is asked for. See also [Coming from NATTEN](natten.md).",
         {
-            "vicinal.integrations.diffusers": "sparsify Window LTX2DecoderProcessor require_diffusers",
+            "vicinal.integrations.diffusers": "sparsify desparsify Window LTX2DecoderProcessor require_diffusers",
             "vicinal.integrations.diffusers.handle": "Sparsified",
             "vicinal.integrations.presets": "preset_names load_preset Preset",
             "vicinal.integrations.transformers": "register patch_dinat windowed",

@@ -105,6 +105,9 @@ def sparsify(
 def desparsify(model: Any) -> None:
     """Take its windows off a model whose handle is lost, in a notebook say; one without windows stays as it is.
 
+    Args:
+        model: the transformer, as `sparsify` was given it.
+
     Raises:
         Unsupported: the model or the version of diffusers is unknown.
 
