@@ -67,8 +67,8 @@ class Rate(NamedTuple):
 
 
 RATES: dict[tuple[int, int, int], Rate] = {
-    # (head_dim, warpgroups, keys of a box): fitted, in bf16, to `forward-rates.csv`, see `benchmarks/rates.py`. The first
-    # two, of which either is the faster one for DiNAT's windows, were then moved by what the fit leaves open.
+    # (head_dim, warpgroups, keys of a box): fitted, in bf16, to `forward-rates.csv`, see `benchmarks/rates.py`.
+    # The first two, of which either is the faster one for DiNAT's windows, were then moved by what the fit leaves open.
     (32, 1, 64): Rate(0.08, 0.250, 0.020, 0.02),
     (32, 1, 128): Rate(0.26, 0.480, 0.017, 0.05),
     (32, 3, 128): Rate(3.11, 0.444, 0.012, 0.22),
