@@ -2,7 +2,8 @@
 
 `rates.py measure forward-rates.csv` times tiles of every kind on the last GPU, while several processes compile kernels
 on the first one; `rates.py measure gradient-rates.csv --gradients` does so for single passes of the backward. `rates.py
-fit TABLE ...` prints the rates that come nearest to such tables. See docs/decisions/013-rates-of-small-problems.md.
+fit TABLE ...` prints the starts and paces that come nearest to such tables: what a mask adds stays as it is, since few
+tilings with costly masks are timed. See docs/decisions/013-rates-of-small-problems.md.
 """
 
 from __future__ import annotations
@@ -207,11 +208,11 @@ def fit(tables: list[Path]) -> None:
             rate = cost.Rate(*map(float, values))
             return np.array([math.log(predicted(what, problem, way, rate) / ms) for what, problem, way, ms in found])
 
-        limits = [0.05, 0.05, 0.0, 0.0], [20.0, 3.0, 0.3, 1.0]
         rate = least_squares(
-            lambda values, off=off, weights=weights: weights * off(values), np.clip(began, *limits), bounds=limits,
-            x_scale=[1, 1, 0.1, 0.3], loss="soft_l1", f_scale=0.05,
+            lambda values, off=off, weights=weights, began=began: weights * off([*values, *began[2:]]),
+            began[:2], bounds=([0.05, 0.05], [20.0, 3.0]), loss="soft_l1", f_scale=0.05,
         ).x  # fmt: skip
+        rate = [*rate, *began[2:]]
         spread = math.sqrt(float(np.mean(off(rate)[weights >= 1] ** 2)))
         print(kind, f"{len(found)} timings: Rate({rate[0]:.2f}, {', '.join(f'{n:.3f}' for n in rate[1:])}),", end=" ")
         print(f"{spread:.1%} off")
