@@ -258,6 +258,26 @@ def test_what_the_assembler_gets_wrong_is_not_chosen(tmp_path: Path) -> None:
     assert not reads_of_nothing(made, tmp_path)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_short_heads_in_float32_do_not_sum_their_position_bias_by_tiles_that_the_assembler_gets_wrong(
+    rank: int, tmp_path: Path
+) -> None:
+    shape = Shape(64, 32, 8, 3, 0.0, 0.0, 0.0)
+    boxes_of = {1: ((64,), (32,)), 2: ((4, 16), (4, 8)), 3: ((4, 2, 8), (4, 2, 4))}
+    problem = Problem.grid((13, 14, 15)[:rank], 5, heads=2, dtype="float32", head_dim=16, position_bias=True)
+    read = {}
+    for dims in ((24, 8), (32, 16), (16, 16), (32, 32), (40, 16)):
+        short = replace(problem, head_dim=dims[0], head_dim_v=dims[1])
+        cut = bias_cut(short, hardware_of(90)).cut
+        assert not is_miscompiled("bias", short, cut.shape)
+        assert not reads_of_nothing(made_as("bias", short, cut, 90), tmp_path)
+        by_hand = cut._replace(rows=boxes_of[rank][0], columns=boxes_of[rank][1], shape=shape)
+        read[dims] = bool(reads_of_nothing(made_as("bias", short, by_hand, 90), tmp_path))
+        # Once it gets this right, this part of `is_miscompiled` can go.
+        assert read[dims] == is_miscompiled("bias", short, shape)
+    assert sum(read.values()) == 2
+
+
 @pytest.mark.parametrize("problem", [BIASED, replace(SINGLE, position_bias=True)], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_sums_of_a_position_bias_stay_in_registers(problem: Problem, arch: int, tmp_path: Path) -> None:

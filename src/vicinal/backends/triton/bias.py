@@ -13,7 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from vicinal._tuples import ceil_div
-from vicinal.backends.triton.cost import Cut, boxes, room_of
+from vicinal.backends.triton.cost import Cut, boxes, is_miscompiled, room_of
 from vicinal.backends.triton.launch import axis_args
 from vicinal.backends.triton.rates import Shape
 from vicinal.backends.triton.variant import SlotArgs, padded, three, three_axes
@@ -164,12 +164,15 @@ def shape_of(problem: Problem, hardware: Hardware) -> Shape:
     """The largest of which two steps fit into shared memory, or one step of the smallest."""
     token = (padded(problem.head_dim) + padded(problem.head_dim_v)) * problem.itemsize
     room = room_of(hardware) - 2048
-    larger = HOPPER_SHAPES.get(problem.itemsize, ()) if hardware.arch == (9, 0) else ()
+    is_hopper = hardware.arch == (9, 0)
+    larger = HOPPER_SHAPES.get(problem.itemsize, ()) if is_hopper else ()
     for rows, columns, warps in larger + SHAPES[problem.itemsize]:
         step = (rows + columns) * token
         if 2 * step <= room:  # a third only where two blocks still fit
-            is_capped = hardware.arch == (9, 0) and (rows, columns, problem.itemsize) == (64, 64, 2)
+            is_capped = is_hopper and (rows, columns, problem.itemsize) == (64, 64, 2)
             stages, registers = 3 if 6 * step <= room else 2, REGISTERS if is_capped else 0
-            return Shape(rows, columns, warps, stages, 0.0, 0.0, 0.0, registers=registers)
+            shape = Shape(rows, columns, warps, stages, 0.0, 0.0, 0.0, registers=registers)
+            if not (is_hopper and is_miscompiled("bias", problem, shape)):
+                return shape
     rows, columns, warps = SHAPES[problem.itemsize][-1]
     return Shape(rows, columns, warps, 1, 0.0, 0.0, 0.0)

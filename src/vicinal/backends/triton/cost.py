@@ -92,11 +92,15 @@ def is_miscompiled(kernel: str, problem: Problem, shape: Shape) -> bool:
     """Whether Triton 3.6's assembler gets a kernel wrong on Hopper, for all that is known.
 
     Without pipelining, where the values of a box lie in shared memory never changes, and ptxas 12.8.93 adds to it
-    before it is known: with value dims up to 32, tensor cores read from anywhere. And where a block lifts its own
-    tokens, and two products of the loop are one instruction (a box has as many tokens as a head has elements), it gives
-    the one's registers to the other, too, and does not fill them again. Tests look for both in compiled kernels, and
-    blocks lift only what was looked at.
+    before it is known: with value dims up to 32, tensor cores read from anywhere. So they do where a position bias is
+    summed in float32 from keys of 17 to 32 elements and values of up to 16. And where a block lifts its own tokens, and
+    two products of the loop are one instruction (a box has as many tokens as a head has elements), it gives the one's
+    registers to the other, too, and does not fill them again. Tests look for both in compiled kernels, and blocks lift
+    only what was looked at.
     """
+    if kernel == "bias":
+        dims = padded(problem.head_dim), padded(problem.head_dim_v)
+        return problem.itemsize == 4 and shape.rows == 64 and dims == (32, 16)
     if shape.lifts:
         return not (is_compiler_known() and problem.head_dim == problem.head_dim_v == 128 > shape.columns)
     return kernel == "forward" and problem.itemsize == 2 and shape.stages == 1
