@@ -31,6 +31,7 @@ from vicinal.backends.base import Output
 from vicinal.backends.hopper import backward, cost, cost_backward
 from vicinal.bench import specs
 from vicinal.bench.results import append_rows, today
+from vicinal.errors import InvalidProblem
 from vicinal.hardware import Hardware
 from vicinal.plan import make_plan
 from vicinal.problem import Problem
@@ -238,15 +239,24 @@ def main() -> None:
     fitted.add_argument("tables", type=Path, nargs="+")
     asked = parser.parse_args()
     if asked.command == "fit":
+        for table in asked.tables:
+            if not table.is_file():
+                parser.error(f"there is no table '{table}'")
         fit(asked.tables)
         return
+    if not torch.cuda.is_available():
+        parser.error("this needs an accelerator that PyTorch calls cuda")
+    try:
+        suites = [specs.suite(name) for name in asked.suite]
+    except InvalidProblem as error:
+        parser.error(str(error))
     passes = ("keys", "queries") if asked.gradients else ("forward",)
     problems = [
         Problem.grid(**WINDOWS[name], heads=8, head_dim=head_dim, dtype="bfloat16")
         for head_dim in asked.head_dims
         for name in asked.windows
     ]
-    problems += [spec.problem for suite in asked.suite for spec in specs.suite(suite)]
+    problems += [spec.problem for suite in suites for spec in suite]
     hardware = backends.present(torch.device("cuda"))
     problems = [problem for problem in dict.fromkeys(problems) if is_ours(problem, hardware, asked.gradients)]
     measure(asked.table, problems, passes, asked.jobs, asked.repeats)

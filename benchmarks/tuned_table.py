@@ -17,7 +17,7 @@ import torch
 
 from vicinal import backends, tuned, tuning
 from vicinal.bench import specs
-from vicinal.errors import Unsupported
+from vicinal.errors import InvalidProblem, Unsupported
 from vicinal.problem import Problem
 
 PARTS = 4
@@ -75,10 +75,18 @@ def main() -> None:
     parser.add_argument("--gain", type=float, default=0.01, help="the least that a choice must gain to be kept")
     parser.add_argument("--seconds", type=float, default=1e9, help="no problem is begun after that many")
     asked = parser.parse_args()
+    if asked.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("this needs an accelerator that PyTorch calls cuda; --device cpu runs without")
+    try:
+        suites = [specs.suite(name) for name in asked.suite]
+    except InvalidProblem as error:
+        parser.error(str(error))
     count = torch.cuda.device_count() if asked.device == "cuda" else 0
     first, last = ("cuda:0", f"cuda:{count - 1}") if count else (asked.device, asked.device)
     names = asked.only.split("|")
-    cases = [case for suite in asked.suite for case in specs.suite(suite) if not asked.only or case.name in names]
+    cases = [case for suite in suites for case in suite if not asked.only or case.name in names]
+    if not cases:
+        parser.error(f"none of the cases has a name that is among {names}")
     problems = {case.problem: not asked.forward and gradients_of(case.problem, last) for case in cases}
     kept = tuned.load(asked.table) if asked.table.exists() else {}
     began = time.time()

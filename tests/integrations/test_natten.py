@@ -128,6 +128,9 @@ def test_layers_take_old_and_new_arguments(natten: Any):
     assert layer.rpb.shape == (4, 5, 5)
     assert layer(torch.randn(1, 7, 9, 16)).shape == (1, 7, 9, 16)
     assert natten.NeighborhoodAttention1D(16, 4, 3, 2).stride == (2,)
+    for twice in ({"embed_dim": 32}, {"dim": 32}, {"kernel_size": 5}):
+        with pytest.raises(InvalidProblem, match="came twice"):
+            natten.NeighborhoodAttention2D(16, 4, 3, **twice)
     old = natten.NeighborhoodAttention1D(16, 4, 3, 2, True, rel_pos_bias=True)
     assert (old.stride, old.dilation, old.is_causal) == ((1,), (2,), (True,)), "the order of releases that had it"
     with pytest.raises(InvalidProblem, match="pass the others by name"):

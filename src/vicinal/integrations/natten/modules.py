@@ -29,7 +29,11 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         del names[5:]  # nor one order of all that follows
     if len(args) > len(names):
         raise InvalidProblem(f"these arguments go by position: {', '.join(names)}; pass the others by name, got {args}")
-    given = dict(zip(names, args, strict=False)) | {OLD.get(name, name): value for name, value in kwargs.items()}
+    given = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if OLD.get(name, name) in given:
+            raise InvalidProblem(f"{name} came twice, by position and by name, or by two names")
+        given[OLD.get(name, name)] = value
     if given.pop("attn_drop", 0.0):
         raise Unsupported("attn_drop: dropout of attention weights is not offered; use proj_drop")
     return given
