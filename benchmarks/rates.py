@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
@@ -31,6 +31,7 @@ from vicinal.backends.base import Output
 from vicinal.backends.hopper import backward, cost, cost_backward
 from vicinal.bench import specs
 from vicinal.bench.results import append_rows, today
+from vicinal.bench.rows import columns_of, numbers, problem_of
 from vicinal.errors import InvalidProblem
 from vicinal.hardware import Hardware
 from vicinal.plan import make_plan
@@ -47,7 +48,6 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "16x32x40 w8": {"shape": (16, 32, 40), "kernel_size": 8},
     "blocks in 3-D": {"shape": (16, 24, 32), "kernel_size": (4, 8, 8), "stride": (4, 8, 8), "batch": 2},
 }
-OF_PROBLEM = ("grid", "window", "stride", "dilation", "causal", "batch", "heads", "head_dim")
 OF_CUT = {"forward": ("q_tile", "kv_tile"), **dict.fromkeys(("keys", "queries"), ("pass", "row_tile", "stack", "box"))}
 OF_EACH = 3
 """Tilings that are timed of each kind, the best by the model."""
@@ -81,17 +81,10 @@ def ways(what: str, problem: Problem) -> Iterator[Way]:
             found.setdefault(kind, []).append((tiling.q_tile, 0, tiling.kv_tile))
     else:
         for cut in cost_backward.ranked_cuts(what, problem, 10_000):
-            way = way_of(cut)
+            way = cost_backward.arguments_of(cut.variant)
             found.setdefault(kind_of(what, problem, way[0], way[2]), []).append(way)
     for each in found.values():
         yield from islice(each, OF_EACH)
-
-
-def way_of(cut: cost_backward.Cut) -> Way:
-    variant = cut.variant
-    first = 3 - variant.rank
-    rows = [n * (variant.consumers if i == variant.stack else 1) for i, n in enumerate(variant.box)]
-    return tuple(rows[first:]), variant.stack - first if variant.consumers > 1 else 0, variant.kv_box[first:]
 
 
 def only(what: str, cut: cost_backward.Cut) -> None:
@@ -121,7 +114,8 @@ def call_of(what: str, problem: Problem, way: Way, device: torch.device, inputs:
     rows, _, box = way
     if what == "forward":
         return partial(hopper.backend.forward, make_plan(problem, Tiling(rows, box)), inputs)
-    only(what, next(cut for cut in cost_backward.ranked_cuts(what, problem, 10_000) if way_of(cut) == way))
+    cuts = cost_backward.ranked_cuts(what, problem, 10_000)
+    only(what, next(cut for cut in cuts if cost_backward.arguments_of(cut.variant) == way))
     lse = torch.zeros(inputs.query.shape[:-1], dtype=torch.float32, device=device)
     output: Output = Output(inputs.query.clone(), lse)
     grad_out: Tensor = torch.randn_like(inputs.query)
@@ -134,23 +128,6 @@ def compile_way(what: str, problem: Problem, way: Way) -> None:
     call_of(what, problem, way, device, tuning._numbers(problem, device))()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # many processes share the device
-
-
-def row_of(problem: Problem) -> dict[str, Any]:
-    numbers = problem.shape, problem.kernel_size, problem.stride, problem.dilation, [int(c) for c in problem.is_causal]
-    words = [times(tuple(each)) for each in numbers]
-    return dict(zip(OF_PROBLEM, (*words, problem.batch, problem.heads, problem.head_dim), strict=True))
-
-
-def problem_of(row: Mapping[str, str]) -> Problem:
-    def numbers(name: str) -> tuple[int, ...]:
-        return tuple(map(int, row[name].split("x")))
-
-    return Problem.grid(
-        numbers("grid"), numbers("window"), stride=numbers("stride"), dilation=numbers("dilation"),
-        is_causal=tuple(map(bool, numbers("causal"))), batch=int(row["batch"]), heads=int(row["heads"]),
-        head_dim=int(row["head_dim"]),
-    )  # fmt: skip
 
 
 def measure(table: Path, problems: list[Problem], passes: tuple[str, ...], jobs: int, repeats: int) -> None:
@@ -172,7 +149,7 @@ def measure(table: Path, problems: list[Problem], passes: tuple[str, ...], jobs:
         for (rows, stack, box), milliseconds in taken.items():
             cut = (rows, box) if what == "forward" else (what, rows, stack, box)
             words = [times(n) if isinstance(n, tuple) else n for n in cut]
-            row = today(device) | row_of(problem) | dict(zip(OF_CUT[what], words, strict=True))
+            row = today(device) | columns_of(problem) | dict(zip(OF_CUT[what], words, strict=True))
             append_rows(table, (*row, "milliseconds"), [row | {"milliseconds": round(median(milliseconds), 5)}])
 
 
@@ -194,7 +171,7 @@ def fit(tables: list[Path]) -> None:
         for row in csv.DictReader(table.read_text().splitlines()):
             what, problem, ms = row.get("pass", "forward"), problem_of(row), float(row["milliseconds"])
             names = ("q_tile", "kv_tile") if what == "forward" else ("row_tile", "box")
-            rows, box = (tuple(map(int, row[name].split("x"))) for name in names)
+            rows, box = (numbers(row[name]) for name in names)
             timed.setdefault(kind_of(what, problem, rows, box), []).append(
                 (what, problem, (rows, int(row.get("stack", 0)), box), ms)
             )

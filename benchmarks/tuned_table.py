@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from vicinal import backends, tuned, tuning
+from vicinal.backends.base import Backend, Inputs
 from vicinal.bench import specs
 from vicinal.errors import InvalidProblem, Unsupported
+from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 
 PARTS = 4
@@ -30,13 +32,17 @@ def gradients_of(problem: Problem, device: str) -> bool:
     return not backends.choose(problem, hardware, None).why_not_gradients(problem, hardware)
 
 
+def prepared(problem: Problem, device: torch.device) -> tuple[Backend, Hardware, Inputs]:
+    """Who runs a problem there, and random numbers for it."""
+    hardware = backends.present(device)
+    return backends.choose(problem, hardware, None), hardware, tuning._numbers(problem, device)
+
+
 def compile_part(problem: Problem, device: str, gradients: bool, part: int) -> None:
     """Run a part of each pass's choices once: then their kernels lie in the compiler's cache."""
     torch.set_num_threads(1)
     place = torch.device(device)
-    hardware = backends.present(place)
-    chosen = backends.choose(problem, hardware, None)
-    inputs = tuning._numbers(problem, place)
+    chosen, hardware, inputs = prepared(problem, place)
     for what in tuning._passes(chosen, gradients):
         for step in [*tuning._steps(chosen, what, problem, hardware, inputs).values()][part::PARTS]:
             try:
@@ -54,10 +60,7 @@ def tensors_of(found: object) -> list[torch.Tensor]:
 
 def is_right(problem: Problem, device: str, finding: tuning.Finding) -> bool:
     """Whether the best choice gives the numbers of the cost model's first, but for rounding."""
-    place = torch.device(device)
-    hardware = backends.present(place)
-    chosen = backends.choose(problem, hardware, None)
-    inputs = tuning._numbers(problem, place)
+    chosen, hardware, inputs = prepared(problem, torch.device(device))
     steps = tuning._steps(chosen, finding.what, problem, hardware, inputs)
     wanted, found = (tensors_of(steps[choice].run()) for choice in (next(iter(steps)), finding.entry.choice))
     errors = [float((a.float() - b.float()).norm() / a.float().norm()) for a, b in zip(wanted, found, strict=True)]

@@ -10,11 +10,10 @@ from math import prod
 from pathlib import Path
 from statistics import median
 
-from vicinal._tuples import times
 from vicinal.backends.hopper.cost import LAUNCH, predicted_ms, ranked_tilings
-from vicinal.backends.hopper.cost_backward import ranked_cuts
-from vicinal.backends.hopper.variant import Variant
+from vicinal.backends.hopper.cost_backward import arguments_of, ranked_cuts
 from vicinal.bench.results import load
+from vicinal.bench.rows import numbers, problem_of
 from vicinal.bench.specs import suite
 from vicinal.plan import make_plan
 from vicinal.problem import Problem
@@ -86,18 +85,6 @@ COLD = 0.012
 """Milliseconds that a kernel takes beside its work where keys and values must come from memory first."""
 
 
-def numbers(words: str) -> tuple[int, ...]:
-    return tuple(map(int, words.split("x")))
-
-
-def problem_of(row: Mapping[str, str]) -> Problem:
-    return Problem.grid(
-        numbers(row["grid"]), numbers(row["window"]), stride=numbers(row["stride"]), dilation=numbers(row["dilation"]),
-        is_causal=tuple(map(bool, numbers(row["causal"]))), batch=int(row["batch"]), heads=int(row["heads"]),
-        head_dim=int(row["head_dim"]),
-    )  # fmt: skip
-
-
 def rows_of(table: str) -> list[Mapping[str, str]]:
     with (RESULTS / table).open() as file:
         return list(csv.DictReader(file))
@@ -133,8 +120,9 @@ def test_rates_of_gradients_are_those_of_their_table() -> None:
         best[key] = min(best[key], float(row["milliseconds"]))
     for row in rows:
         problem, ms = problem_of(row), float(row["milliseconds"])
-        ranked, cut = ranked_cuts(row["pass"], problem, 10_000), (row["row_tile"], row["stack"], row["box"])
-        alike = [each for each in ranked if named(each.variant) == cut]
+        ranked = ranked_cuts(row["pass"], problem, 10_000)
+        cut = numbers(row["row_tile"]), int(row["stack"]), numbers(row["box"])
+        alike = [each for each in ranked if arguments_of(each.variant) == cut]
         kind = row["pass"], problem.head_dim, alike[0].variant.consumers, prod(alike[0].variant.kv_box)
         off[kind].append(abs((alike[0].milliseconds + COLD) / ms - 1))
         if alike[0] == ranked[0]:
@@ -143,11 +131,3 @@ def test_rates_of_gradients_are_those_of_their_table() -> None:
     assert {kind: median(shares) for kind, shares in off.items() if median(shares) > 0.05} == {}
     assert sum(share > 0.1 for shares in off.values() for share in shares) < 0.15 * sum(map(len, off.values()))
     assert not {name: share for name, share in late.items() if share > 0.05}
-
-
-def named(variant: Variant) -> tuple[str, str, str]:
-    """A cut as the table has it."""
-    first = 3 - variant.rank
-    stack = variant.stack - first if variant.consumers > 1 else 0
-    rows = [n * (variant.consumers if i == variant.stack else 1) for i, n in enumerate(variant.box)]
-    return times(tuple(rows[first:])), str(stack), times(variant.kv_box[first:])

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from vicinal.backends.triton.cost import choice_of, cuts
+from vicinal.bench.rows import numbers, problem_of
 from vicinal.hardware import Hardware
 from vicinal.problem import Problem
 from vicinal.tuned import Choice, fingerprint
@@ -16,21 +17,12 @@ TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h100-80gb
 H100 = Hardware.named("h100-sxm")
 
 
-def numbers(words: str) -> tuple[int, ...]:
-    return tuple(map(int, words.split("x")))
-
-
 def timed() -> dict[tuple[str, Problem], dict[Choice, float]]:
     """Milliseconds by pass and problem; of passes that one kernel does together, those of all gradients."""
     found: dict[tuple[str, Problem], dict[Choice, float]] = defaultdict(dict)
     with TABLE.open() as file:
         for row in csv.DictReader(file):
-            problem = Problem.grid(
-                numbers(row["grid"]), numbers(row["window"]), stride=numbers(row["stride"]),
-                dilation=numbers(row["dilation"]), batch=int(row["batch"]), heads=int(row["heads"]),
-                head_dim=int(row["head_dim"]), head_dim_v=int(row["head_dim_v"]), dtype=row["dtype"],
-                position_bias=row["position_bias"] == "1",
-            )  # fmt: skip
+            problem = problem_of(row)
             choice = Choice(numbers(row["rows"]), numbers(row["columns"]), int(row["warps"]), int(row["stages"]))
             found[row["pass"], problem][choice] = float(row["milliseconds"])
     return found

@@ -146,6 +146,13 @@ def ranked_cuts(kernel: str, problem: Problem, most: int = 16) -> tuple[Cut, ...
     )
 
 
+def arguments_of(variant: Variant) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """The tile, the axis that it is stacked on, and the box of a cut's variant, as `predict` takes them."""
+    first, is_stacked = 3 - variant.rank, variant.consumers > 1
+    rows = [n * (variant.consumers if i == variant.stack else 1) for i, n in enumerate(variant.box)]
+    return tuple(rows[first:]), variant.stack - first if is_stacked else 0, variant.kv_box[first:]
+
+
 def additional_variant(problem: Problem) -> Variant:
     """What is compiled for the gradients of additional keys: boxes that cover the grid with the least padding."""
 
